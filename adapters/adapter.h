@@ -1,0 +1,115 @@
+/* adapter.h: the adapter kind, an operator on sites of the base. One file per kind, one line in registry.c. A kind is
+ * written over the op table only; merge, unmerge, save, load, export, checks and composition are written once over this
+ * table (adapters/attach.c, src/merge). */
+#ifndef ESP_ADAPTERS_ADAPTER_H
+#define ESP_ADAPTERS_ADAPTER_H
+
+#include "model/model.h"
+
+typedef struct esp_pattern { /* rank_pattern, alpha_pattern: PEFT's matching, re.match(r"(.*\.)?(key)$", path) */
+  const char *key;
+  double value;
+} esp_pattern;
+
+typedef struct esp_adapter_cfg {
+  const char *type; /* registry name: lora, full, none */
+  int64_t r;
+  double alpha, dropout;
+  bool rslora;
+  const char *init; /* default | gaussian | orthogonal | pissa | olora */
+  const char *bias; /* none | all | lora_only */
+  bool lora_bias;
+  /* target: exactly one of a list of names, a regex (fullmatch on the path), or "all-linear" */
+  const char *const *target;
+  int n_target;
+  const char *target_regex;
+  const char *const *exclude;
+  int n_exclude;
+  const char *exclude_regex;
+  const int *layers; /* layers_to_transform */
+  int n_layers;
+  const char *layers_pattern;
+  const esp_pattern *rank_pattern, *alpha_pattern;
+  int n_rank_pattern, n_alpha_pattern;
+  const char *const *modules_to_save;
+  int n_modules_to_save;
+  const int32_t *trainable_tokens; /* rows of the input embedding that are trained */
+  int n_trainable_tokens;
+  uint64_t seed;
+} esp_adapter_cfg;
+
+typedef struct esp_adapter esp_adapter;
+
+typedef struct esp_adapter_kind {
+  const char *name;      /* in recipes */
+  const char *peft_type; /* in adapter_config.json */
+  const char *summary;   /* one line: what it is for, formula, paper */
+  unsigned site_kinds;   /* bit set of 1 << esp_site_kind it can attach to */
+  bool mergeable;
+
+  /* Declares the parameters of one group: called once per group that has targeted sites, in model order, so that a
+   * kind may place parameters of neighbouring sites back to back (stacked products). `hit[i]`: site i is targeted. */
+  esp_status (*declare)(esp_adapter *a, esp_group *g, const bool *hit);
+  esp_status (*declare_site)(esp_adapter *a, esp_site *s); /* EMBED, NORM */
+  /* Fills master values (host, through esp_params_set) after the store is finalized; may call esp_site_add_delta. */
+  esp_status (*init)(esp_adapter *a, esp_site *s);
+
+  /* the step: see esp_adapter_hooks for the contract of each; NULL: does nothing */
+  void (*input)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor *x, void **slot);
+  int (*tails)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot);
+  void (*output)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot);
+  void (*output_bwd)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, void **slot);
+  int (*tails_bwd)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails, int max,
+                   void **slot);
+  void (*input_bwd)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor dx, void **slot);
+  void (*embed)(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot);
+  void (*embed_bwd)(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy, void **slot);
+
+  /* Optional: called around optimizer steps. */
+  void (*after_step)(esp_adapter *a, int64_t step, int64_t total);
+  void (*task_end)(esp_adapter *a);
+
+  /* rows [r0, r0+n) of the effective weight, fp32 host: in: w holds the base rows [n, in]; out: the merged rows. Used
+   * by merge, export and extraction only, never in a step. */
+  esp_status (*materialise)(esp_adapter *a, esp_site *s, int64_t r0, int64_t n, float *w);
+  /* The exact low-rank form, where there is one: A [r,in], B [out,r] fp32 host with delta = B A (scale folded in B).
+   * Returns r, writes when a/b not NULL. NULL function: none. */
+  int64_t (*low_rank)(esp_adapter *a, esp_site *s, float *A, float *B);
+} esp_adapter_kind;
+
+struct esp_adapter { /* one named adapter on one model */
+  const esp_adapter_kind *kind;
+  esp_adapter_cfg cfg; /* deep copy, owned by arena */
+  char name[64];       /* "default" unless said otherwise */
+  esp_model *model;
+  esp_params *params;
+  esp_arena *arena;
+  bool *targeted;     /* per site index */
+  void **site_state;  /* per site index: the kind's own record, arena memory */
+  void **group_state; /* per group index */
+  void *impl;
+  bool trainable;
+  double weight; /* multiplies the adapter's effect when summed (composition); 1 */
+};
+
+const esp_adapter_kind *esp_adapter_find(const char *name);
+const char *const *esp_adapter_names(int *n);
+
+/* Resolves targets, declares, allocates and initialises on an opened model (before esp_model_load_weights). Errors:
+ * a target that matches nothing, a site both targeted and in modules_to_save, ... (ESP_ERR_RECIPE, naming the key). */
+esp_status esp_adapter_create(esp_model *m, const esp_adapter_cfg *cfg, const char *name, bool trainable,
+                              esp_adapter **out);
+void esp_adapter_destroy(esp_adapter *a);
+/* The ordered list of adapters that are active on the model: their hooks are installed. n == 0: base mode. */
+esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n);
+
+/* PEFT directory, both ways (adapter_config.json + adapter_model.safetensors). Loading is strict: every tensor of the
+ * file consumed once, every slot filled once, else an error listing both sets (at most 5 of each and the counts). */
+esp_status esp_adapter_save(const esp_adapter *a, const char *dir);
+esp_status esp_adapter_load(esp_model *m, const char *dir, const char *name, bool trainable, esp_adapter **out);
+/* Only the configuration: for check, inspect and plan. Strings live in the arena. */
+esp_status esp_adapter_cfg_load(const char *dir, esp_arena *arena, esp_adapter_cfg *out);
+/* PEFT's target matching, exposed for tests: does `path` match this configuration? */
+bool esp_adapter_matches(const esp_adapter_cfg *cfg, const esp_site *s);
+
+#endif

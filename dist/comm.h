@@ -1,0 +1,31 @@
+/* comm.h: the communicator. Collectives over host memory (self, mpi) and later device memory (nccl). Every call is
+ * collective: all ranks, same order. Reductions have a fixed order for a given number of ranks. */
+#ifndef ESP_DIST_COMM_H
+#define ESP_DIST_COMM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/error.h"
+
+typedef struct esp_comm esp_comm;
+typedef struct esp_comm_ops {
+  const char *name;                                                  /* "self", "mpi" */
+  esp_status (*all_reduce_f32)(esp_comm *c, float *buf, int64_t n);  /* sum, in place */
+  esp_status (*all_reduce_f64)(esp_comm *c, double *buf, int64_t n); /* sum, in place */
+  esp_status (*all_gather)(esp_comm *c, const void *mine, void *all, size_t bytes_each);
+  esp_status (*broadcast)(esp_comm *c, void *buf, size_t bytes, int root);
+  esp_status (*barrier)(esp_comm *c);
+  void (*abort)(esp_comm *c, int code); /* ends every rank; does not return for size > 1 */
+  void (*destroy)(esp_comm *c);
+} esp_comm_ops;
+struct esp_comm {
+  const esp_comm_ops *ops;
+  void *impl;
+  int rank, size;
+};
+/* name: "self", "mpi", or "auto" (mpi when started by mpirun/srun and built with it, else self). */
+esp_status esp_comm_create(const char *name, esp_comm **out);
+void esp_comm_destroy(esp_comm *c);
+
+#endif

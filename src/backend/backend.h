@@ -1,0 +1,211 @@
+/* backend.h: the op table, the first of the five narrow waists. Everything above it (model, adapters, optimizers,
+ * trainer) is written once over these operations; cpu/, count/ and later cuda/ implement them.
+ *
+ * Conventions
+ *  - Tensors are views (core/tensor.h); data pointers belong to the backend that allocated them. Activations are
+ *    [T, width] with T = all tokens of a micro-batch, in the compute type (ESP_BF16 or ESP_F32), possibly with a row
+ *    stride (column views of a fused projection). Master parameters, gradients, losses and statistics are fp32.
+ *  - Accumulation is fp32 whatever the storage; a result is rounded once.
+ *  - Operations return nothing. A failure is sticky: later operations do nothing and esp_backend_sync returns it.
+ *  - Shape errors are bugs of the caller: asserted in debug builds.
+ *  - `count` computes nothing: it adds bytes, floating-point operations and launches to `stats`.
+ *  - Results do not depend on the thread count.
+ */
+#ifndef ESP_BACKEND_H
+#define ESP_BACKEND_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core/error.h"
+#include "core/mem.h"
+#include "core/tensor.h"
+
+typedef struct esp_backend esp_backend;
+
+/* A frozen weight as an operation sees it, between borrow and return (model/weight.h). For matmul operands `packed`
+ * is the backend's own layout made once by `pack`; a trained weight has packed == NULL and a dense [out, in]. */
+typedef struct esp_wview {
+  int64_t out, in;
+  const void *packed;
+  esp_tensor dense;
+} esp_wview;
+
+/* y[:, col0 : col0+w.rows] += x w^T   (linear):     x [T,R], w [n,R]
+ * dx                       += x w     (linear_dx):  x [T,R], w [R,in], col0 == 0
+ * The low-rank part of an adapter, added while the base product is still in registers. Same dtype as x / dy. */
+typedef struct esp_tail {
+  int64_t col0;
+  esp_tensor x, w;
+} esp_tail;
+
+typedef struct esp_attn_args {
+  esp_tensor q, k, v, o;     /* [T, heads*head_dim], [T, kv_heads*head_dim] x2, [T, heads*head_dim]; views allowed */
+  float *lse;                /* [heads, T] log-sum-exp; written by forward, read by backward; NULL: not wanted */
+  const int32_t *cu_seqlens; /* HOST pointer, [n_seqs+1], cu_seqlens[n_seqs] == T */
+  int n_seqs;
+  int heads, kv_heads, head_dim;
+  float scale;   /* 1/sqrt(head_dim) unless the model says otherwise */
+  float softcap; /* 0: none; else cap*tanh(s/cap) */
+  int window;    /* 0: none; else a query sees the `window` latest keys, itself included (HF) */
+  bool causal;
+  esp_tensor d_o, d_q, d_k, d_v; /* backward only; d_q, d_k, d_v overwritten */
+} esp_attn_args;
+
+/* One new token per sequence against a cache. */
+typedef struct esp_decode_args {
+  esp_tensor q, o;             /* [B, heads*head_dim] */
+  esp_tensor k_cache, v_cache; /* [B*max_len, kv_heads*head_dim]: sequence b owns rows b*max_len.. */
+  const int32_t *lens;         /* HOST pointer [B]: number of cached keys, the current one included */
+  int64_t max_len;
+  int heads, kv_heads, head_dim;
+  float scale, softcap;
+  int window;
+} esp_decode_args;
+
+typedef enum esp_act { ESP_ACT_SILU, ESP_ACT_GELU_TANH, ESP_ACT_GELU_ERF, ESP_ACT_RELU } esp_act;
+typedef enum esp_norm_kind { ESP_NORM_RMS, ESP_NORM_LAYER } esp_norm_kind;
+
+/* y = norm(r) * (w + offset) + b, with r = x + residual when residual.data != NULL (r is then written to r_out, which
+ * may alias residual or x). RMS: r * rstd; LAYER: (r - mean) * rstd. Only rstd (and mean for LAYER) are saved. */
+typedef struct esp_norm_args {
+  esp_norm_kind kind;
+  esp_tensor x, residual, r_out, y; /* [T, d] or heads as [T*heads, head_dim] rows */
+  esp_tensor w, b;                  /* fp32 or compute type, [d]; b.data NULL: none */
+  float eps, offset;                /* offset 1 for Gemma's (1 + w) */
+  float *rstd, *mean;               /* [rows]; NULL when nothing is to be saved */
+} esp_norm_args;
+/* dx = (+=, when accumulate) d norm / dx applied to dy; dw, db accumulate in fp32 when not NULL (trained norms). */
+typedef struct esp_norm_bwd_args {
+  esp_norm_kind kind;
+  esp_tensor r, dy, dx; /* r: the input of the norm (r_out of forward) */
+  esp_tensor w;
+  float offset;
+  const float *rstd, *mean;
+  float *dw, *db;
+  bool accumulate;
+} esp_norm_bwd_args;
+
+/* Rotates pairs (i, i + rot/2) of the first `rot` elements of each head ("rotate half"). table: [positions, rot/2]
+ * cos then sin as two arrays. inverse: the backward pass. In place on x [T, heads*head_dim] (view). */
+typedef struct esp_rope_args {
+  esp_tensor x;
+  const float *cos_t, *sin_t; /* backend memory, [max_pos, rot/2] each */
+  const int32_t *positions;   /* backend memory, [T] */
+  int heads, head_dim, rot;
+  bool inverse;
+} esp_rope_args;
+
+/* Softmax cross-entropy over rows of fp32 logits [n, V]. Adds sum_t weight_t * (lse_t - logit_t[target_t]) to
+ * *loss_sum and writes d = scale * weight * (softmax - onehot) in the type of `d` (d.data NULL: evaluation only).
+ * logprob (optional, [n]): log p(target). argmax (optional, [n]). softcap as in attention, applied to the logits. */
+typedef struct esp_ce_args {
+  esp_tensor logits, d;
+  const int32_t *targets; /* backend memory [n]; all valid */
+  const float *weights;   /* backend memory [n] */
+  float scale, softcap;
+  double *loss_sum; /* backend memory, one element */
+  float *logprob;
+  int32_t *argmax;
+} esp_ce_args;
+
+/* One optimizer's elementwise update over a run of parameters; the mathematics of each rule is in optim_rules.h,
+ * one header compiled for every backend. */
+typedef struct esp_update_args {
+  int rule; /* esp_optim_rule */
+  int64_t n;
+  float *master;
+  const float *grad;
+  void *shadow; /* compute-type copy refreshed in the same pass; NULL: none */
+  esp_dtype shadow_dtype;
+  float *state[4];
+  float hyper[16];
+  float grad_scale; /* clipping */
+} esp_update_args;
+
+typedef struct esp_backend_stats {
+  double flops, bytes; /* floating-point operations; bytes read + written */
+  int64_t launches;
+} esp_backend_stats;
+
+typedef struct esp_backend_ops {
+  const char *name; /* "cpu", "count", "cuda" */
+
+  /* memory */
+  void *(*alloc)(esp_backend *be, esp_mem_kind kind, int64_t bytes); /* zeroed; NULL, error set */
+  void (*free)(esp_backend *be, void *ptr);
+  void (*upload)(esp_backend *be, void *dst, const void *host, int64_t bytes);
+  void (*download)(esp_backend *be, void *host, const void *src, int64_t bytes); /* zeros from `count` */
+  void (*zero)(esp_backend *be, void *dst, int64_t bytes);
+  esp_status (*sync)(esp_backend *be);
+  void (*destroy)(esp_backend *be);
+
+  /* matmul. pack: n weights [out_i, in] (host memory, bf16/fp16/fp32; data NULL only for `count`) stacked along out,
+   * into one operand for products in `compute` type. With `transposed` each is stored [in, out_i] (GPT-2 Conv1D).
+   * unpack_rows is not needed: the file is the original. */
+  void *(*pack)(esp_backend *be, const esp_tensor *w, int n, bool transposed, esp_dtype compute);
+  void (*pack_free)(esp_backend *be, void *packed);
+  /* y = x W^T + bias + tails + beta*y.  bias fp32 or compute type [out], data NULL: none. beta is 0 or 1.
+   * y may be fp32 while x is bf16 (logits). */
+  void (*linear)(esp_backend *be, esp_tensor y, esp_tensor x, const esp_wview *w, esp_tensor bias,
+                 const esp_tail *tails, int n_tails, float beta);
+  /* dx = dy W + tails + beta*dx */
+  void (*linear_dx)(esp_backend *be, esp_tensor dx, esp_tensor dy, const esp_wview *w, const esp_tail *tails,
+                    int n_tails, float beta);
+  /* c = alpha * op(a) op(b) + beta * c; any mix of bf16 and fp32; thin shapes (rank 8 to 64) have own kernels:
+   * T = s x A^T, dT = s dy B, dB += dy^T T, dA += dT^T x (gradients fp32). */
+  void (*matmul)(esp_backend *be, esp_tensor c, esp_tensor a, bool trans_a, esp_tensor b, bool trans_b, float alpha,
+                 float beta);
+
+  /* transformer parts, forward beside backward */
+  void (*embed)(esp_backend *be, esp_tensor y, esp_tensor table, const int32_t *ids,
+                float scale); /* table may be host mmap for cpu */
+  void (*embed_bwd)(esp_backend *be, float *dtable, esp_tensor dy, const int32_t *ids, float scale); /* deterministic */
+  void (*norm)(esp_backend *be, const esp_norm_args *a);
+  void (*norm_bwd)(esp_backend *be, const esp_norm_bwd_args *a);
+  void (*rope)(esp_backend *be, const esp_rope_args *a);
+  void (*attn)(esp_backend *be, const esp_attn_args *a);
+  void (*attn_bwd)(esp_backend *be, const esp_attn_args *a);
+  void (*attn_decode)(esp_backend *be, const esp_decode_args *a);
+  /* h = act(gu[:, :F]) * gu[:, F:]   and   dgu from dh and gu (dgu may alias gu) */
+  void (*glu)(esp_backend *be, esp_tensor h, esp_tensor gu, esp_act act);
+  void (*glu_bwd)(esp_backend *be, esp_tensor dgu, esp_tensor dh, esp_tensor gu, esp_act act);
+  void (*act)(esp_backend *be, esp_tensor y, esp_tensor x, esp_act act);
+  void (*act_bwd)(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, esp_act act); /* dx may alias dy */
+  void (*cross_entropy)(esp_backend *be, const esp_ce_args *a);
+
+  /* elementwise, rows, reductions. Any mix of bf16 and fp32. */
+  void (*axpby)(esp_backend *be, esp_tensor y, float a, esp_tensor x,
+                float b);                                                      /* y = a*x + b*y; b == 0 never reads y */
+  void (*mul_cols)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v); /* y[t,j] = x[t,j] * v[j] */
+  void (*gather_rows)(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows);  /* y[i] = x[rows[i]] */
+  void (*scatter_rows)(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows); /* y[rows[i]] = x[i] */
+  /* y = x * mask/(1-p); mask element e = draw e of (seed, stream). Element index = row*cols+col, views allowed. */
+  void (*dropout)(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, uint64_t stream, float beta);
+  void (*col_sum)(esp_backend *be, float *out, esp_tensor x);                           /* out[j] += sum_t x[t,j] */
+  void (*dot)(esp_backend *be, double *out, const float *a, const float *b, int64_t n); /* *out = <a,b>, fixed order */
+  void (*update)(esp_backend *be, const esp_update_args *a);
+} esp_backend_ops;
+
+struct esp_backend {
+  const esp_backend_ops *ops;
+  void *impl;
+  esp_status sticky;
+  esp_backend_stats stats; /* kept by every backend that is asked to (count always) */
+};
+
+/* name: "cpu" or "count". The counting backend needs no device and reads no weight. */
+esp_status esp_backend_create(const char *name, esp_backend **out);
+void esp_backend_destroy(esp_backend *be);
+static inline esp_status esp_backend_sync(esp_backend *be) {
+  return be->ops->sync(be);
+}
+static inline bool esp_backend_counts(const esp_backend *be) {
+  return be->ops->name[0] == 'c' && be->ops->name[1] == 'o';
+}
+
+/* registry: one line per backend */
+esp_status esp_cpu_backend_create(esp_backend **out);
+esp_status esp_count_backend_create(esp_backend **out);
+
+#endif

@@ -1,0 +1,54 @@
+/* param.h: trained parameters. A store is a list of named parameters laid out back to back in flat buffers: fp32
+ * master, fp32 gradient, and a shadow in the compute type that forward and backward read. Clipping, all-reduce,
+ * optimizers and checkpoints work on the flat buffers; neighbours in declaration order are neighbours in memory, which
+ * is what lets q, k and v share one stacked down-projection. */
+#ifndef ESP_BACKEND_PARAM_H
+#define ESP_BACKEND_PARAM_H
+
+#include "backend/backend.h"
+#include "core/arena.h"
+
+typedef struct esp_param {
+  const char
+      *name; /* the full key of the PEFT file, e.g. base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight */
+  int ndim;
+  int64_t shape[ESP_MAX_DIMS];
+  int64_t numel, offset; /* elements; offset into the flat buffers */
+  bool decay;            /* weight decay applies */
+  bool frozen;           /* kept in the store but not updated */
+  int group;             /* learning-rate group, 0 by default */
+} esp_param;
+
+typedef struct esp_params {
+  esp_backend *be;
+  esp_arena *arena;
+  esp_param *list; /* valid after finalize; indices are stable */
+  int count, cap;
+  int64_t total; /* elements of the flat buffers, each parameter padded to 16 elements */
+  esp_dtype shadow_dtype;
+  float *master, *grad;
+  void *shadow; /* == master when shadow_dtype is ESP_F32 */
+} esp_params;
+
+esp_status esp_params_create(esp_backend *be, esp_params **out);
+void esp_params_destroy(esp_params *ps);
+/* Before finalize. Returns the index, or -1 (error set). pad == false puts it right behind its predecessor without
+ * alignment padding, so that two matrices of equal width stack. */
+int esp_params_add(esp_params *ps, const char *name, int ndim, const int64_t *shape, bool pad);
+/* Allocates the buffers. with_grad false: inference only. */
+esp_status esp_params_finalize(esp_params *ps, esp_dtype shadow, bool with_grad);
+/* Host values in, host values out (fp32, numel elements). Setting refreshes the shadow. */
+void esp_params_set(esp_params *ps, int index, const float *host);
+void esp_params_get(const esp_params *ps, int index, float *host);
+void esp_params_refresh_shadow(esp_params *ps);
+void esp_params_zero_grad(esp_params *ps);
+int esp_params_find(const esp_params *ps, const char *name); /* -1 when absent */
+
+/* Views for forward and backward; rows/cols as declared (1-D: [1, n]). */
+esp_tensor esp_param_shadow(const esp_params *ps, int index);
+esp_tensor esp_param_master(const esp_params *ps, int index);
+esp_tensor esp_param_grad(const esp_params *ps, int index);
+/* A 2-D view over `n` parameters declared one behind the other with equal width: [sum of rows, width]. */
+esp_tensor esp_params_stacked(const esp_params *ps, int first, int n, int which /* 0 shadow, 1 master, 2 grad */);
+
+#endif

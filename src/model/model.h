@@ -1,0 +1,161 @@
+/* model.h: the frozen base and its run-time: sites, groups, weights, and forward beside backward.
+ *
+ * A *site* is a module of the base that an adapter can attach to (a linear, an embedding, a norm), with the module path
+ * of the Hugging Face model. A *group* is the set of linear sites that read the same input: {q,k,v}, {o}, {gate,up},
+ * {down}, {lm_head}. The base weights of a group are packed as one operand and its outputs are column ranges of one
+ * tensor, so a group costs one matmul in each direction.
+ *
+ * Adapters plug in through adapters/adapter.h; the model knows only the hooks it calls (esp_adapter_hooks below), so
+ * that the include arrow goes adapters -> model.
+ */
+#ifndef ESP_MODEL_MODEL_H
+#define ESP_MODEL_MODEL_H
+
+#include "backend/param.h"
+#include "backend/stack.h"
+#include "model/desc.h"
+
+typedef struct esp_model esp_model;
+typedef struct esp_site esp_site;
+typedef struct esp_group esp_group;
+
+/* ---- frozen weight: borrow and return (third waist). Read-only; nothing is ever written back. ---- */
+typedef struct esp_weight esp_weight;
+typedef struct esp_weight_ops {
+  esp_status (*borrow)(esp_weight *w, esp_backend *be, esp_wview *out);
+  void (*give_back)(esp_weight *w, esp_backend *be, esp_wview *view);
+  void (*destroy)(esp_weight *w, esp_backend *be);
+} esp_weight_ops;
+struct esp_weight { /* one operand: the stacked weights of a group */
+  const esp_weight_ops *ops;
+  void *impl;
+  int64_t out, in;
+};
+
+typedef enum esp_site_kind { ESP_SITE_LINEAR, ESP_SITE_EMBED, ESP_SITE_NORM } esp_site_kind;
+struct esp_site {
+  esp_site_kind kind;
+  const char *path;        /* "model.layers.0.self_attn.q_proj" */
+  const char *leaf;        /* "q_proj" */
+  const char *tensor;      /* key in the file, "<path>.weight" */
+  const char *bias_tensor; /* key, NULL: the module has no bias */
+  int layer;               /* -1 outside the blocks */
+  int index;               /* in model->sites */
+  int64_t out, in;         /* LINEAR: [out, in]; EMBED: out = dim, in = vocab; NORM: out = dim, in = 1 */
+  bool transposed;         /* stored [in, out] */
+  bool is_head;            /* the output embedding: never part of all-linear */
+  esp_group *group;        /* LINEAR only */
+  int64_t col0;            /* first column of this site in the group's output */
+  /* A module that is trained in full (full fine-tuning, modules_to_save, bias, norms) has its weight here and not in
+   * the group's packed operand: the store and index of the parameter, store NULL when frozen. */
+  esp_params *trained;
+  int trained_weight, trained_bias; /* -1: not trained */
+};
+struct esp_group {
+  int n_sites;
+  esp_site *sites[3];
+  int layer, index;
+  int64_t out, in;
+  esp_weight weight;
+  esp_tensor bias; /* [out] stacked on the backend, data NULL: none */
+};
+
+/* ---- one forward/backward ---- */
+typedef struct esp_batch {                  /* token rows of one micro-batch, HOST memory */
+  int64_t tokens;                           /* T */
+  const int32_t *ids, *targets, *positions; /* [T]; targets[t] is the token that position t predicts */
+  const float *weights;                     /* [T] loss weight of predicting targets[t]; 0: not trained */
+  const int32_t *cu_seqlens;                /* [n_seqs+1] */
+  int n_seqs;
+} esp_batch;
+
+typedef struct esp_run { /* what every part needs while a step runs */
+  esp_backend *be;
+  esp_stack *stack;
+  esp_model *model;
+  const esp_batch *batch;
+  const int32_t *d_ids, *d_positions; /* backend memory */
+  esp_dtype compute;
+  bool train; /* keep what backward needs */
+  uint64_t seed;
+  int64_t draw; /* counter for dropout: unique per (optimizer step, micro-batch); same when recomputed */
+} esp_run;
+
+/* What the model calls around each group and the other sites; implemented once in adapters/attach.c over the kinds. */
+typedef struct esp_adapter_hooks {
+  void *ctx;
+  /* LINEAR groups. `input` may replace *x (multiplicative kinds); `tails` returns low-rank tails for the base product
+   * (<= max); `output` may change y in place. Whatever backward needs is pushed on run->stack and remembered in
+   * slot (run-owned pointer, one per group). Backward mirrors in reverse: `output_bwd` may change dy, `tails_bwd`
+   * accumulates parameter gradients and returns the tails for dx, `input_bwd` changes dx in place. */
+  void (*input)(void *ctx, esp_run *run, esp_group *g, esp_tensor *x, void **slot);
+  int (*tails)(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot);
+  void (*output)(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot);
+  void (*output_bwd)(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, void **slot);
+  int (*tails_bwd)(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails, int max,
+                   void **slot);
+  void (*input_bwd)(void *ctx, esp_run *run, esp_group *g, esp_tensor dx, void **slot);
+  /* EMBED: y is the embedding output [T, dim], ids on the backend. */
+  void (*embed)(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot);
+  void (*embed_bwd)(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy, void **slot);
+} esp_adapter_hooks;
+
+typedef enum esp_ckpt_mode { ESP_CKPT_OFF, ESP_CKPT_FULL } esp_ckpt_mode;
+
+typedef struct esp_model_options {
+  esp_dtype compute; /* ESP_BF16 or ESP_F32 */
+  bool random_init;  /* make fresh weights (normal, 0.02; residual projections scaled) instead of reading the file */
+  uint64_t seed;
+} esp_model_options;
+
+/* Builds sites and groups from <dir>/config.json and the safetensors headers: reads no weight. */
+esp_status esp_model_open(const char *dir, esp_backend *be, const esp_model_options *opt, esp_model **out);
+/* Reads and packs the frozen weights (sizes only on the counting backend). Call after adapters have marked the sites
+ * they train in full: those are not packed. Non-finite weights are an error naming file and tensor. */
+esp_status esp_model_load_weights(esp_model *m);
+void esp_model_close(esp_model *m);
+
+const esp_model_desc *esp_model_describe(const esp_model *m);
+int esp_model_sites(const esp_model *m, esp_site ***sites);
+int esp_model_groups(const esp_model *m, esp_group ***groups);
+esp_site *esp_model_find_site(const esp_model *m, const char *path);
+/* Reads a stored tensor as fp32 [out, in] (transposed back for Conv1D) into host memory: inits, merge, export. */
+esp_status esp_site_read_weight(const esp_model *m, const esp_site *s, float *out);
+esp_status esp_site_read_weight_rows(const esp_model *m, const esp_site *s, int64_t r0, int64_t n, float *out);
+esp_status esp_site_read_bias(const esp_model *m, const esp_site *s, float *out);
+/* An init that rewrites the base (PiSSA, OLoRA): the site's effective frozen weight becomes W + delta, fp32 [out, in],
+ * rounded once to the compute type when packed. Call before esp_model_load_weights; delta is copied. */
+esp_status esp_site_add_delta(esp_model *m, esp_site *s, const float *delta);
+const char *esp_model_dir(const esp_model *m);
+/* xxh3-128 over config.json and the safetensors headers, hex: the base's fingerprint stored with adapters. */
+const char *esp_model_fingerprint(const esp_model *m);
+
+void esp_model_set_hooks(esp_model *m, const esp_adapter_hooks *hooks); /* NULL: base mode (adapters off) */
+const esp_adapter_hooks *esp_model_hooks(const esp_model *m);
+
+typedef struct esp_loss_out {
+  double loss_sum; /* sum of weight * nll */
+  double weight_sum;
+  int64_t correct; /* weighted rows whose argmax is the target */
+} esp_loss_out;
+
+/* Forward, loss and backward of one micro-batch. Gradients accumulate in the parameter stores (fp32), already scaled
+ * by `scale` (1 / global trained-token weight of the optimizer step). dx below the lowest trained site is skipped.
+ * logprob (optional, host [T]): log p(targets[t]) where weight != 0. train false: forward and loss only. */
+esp_status esp_model_step(esp_model *m, esp_stack *stack, const esp_batch *b, esp_ckpt_mode ckpt, bool train,
+                          float scale, uint64_t seed, int64_t draw, esp_loss_out *out, float *logprob);
+/* fp32 logits of chosen rows (host [n_rows, vocab]) for tests, verification and `merge --verify`. */
+esp_status esp_model_logits(esp_model *m, esp_stack *stack, const esp_batch *b, const int32_t *rows, int n_rows,
+                            float *logits);
+
+/* ---- generation: batched, with a KV cache ---- */
+typedef struct esp_kv esp_kv;
+esp_status esp_kv_create(esp_model *m, int batch, int64_t max_len, esp_kv **out);
+void esp_kv_destroy(esp_kv *kv);
+/* Feeds each prompt (packed), fills the cache, returns logits of each prompt's last token: host [n_seqs, vocab]. */
+esp_status esp_model_prefill(esp_model *m, esp_stack *stack, esp_kv *kv, const esp_batch *prompts, float *logits);
+/* One token per sequence; done[i] sequences are skipped in the output but keep their row. */
+esp_status esp_model_decode(esp_model *m, esp_stack *stack, esp_kv *kv, const int32_t *ids, float *logits);
+/* Bytes of activation stack that prefill/decode/logits of this size need are found by running on `count`. */
+
+#endif
