@@ -1,0 +1,27 @@
+/* gemm.h: every matrix product of the cpu backend, by its own AMX kernels (bf16), by single-threaded OpenBLAS calls
+ * over fixed blocks (fp32, and bf16 widened in blocks), or by a portable loop. The level is esp_cpu_isa() at the time
+ * of the call, except for a packed operand, which keeps the layout it was packed in.
+ *
+ * Contracts are those of the op table (backend.h). Work is cut by shape alone, never by thread count.
+ */
+#ifndef ESP_BACKEND_CPU_GEMM_H
+#define ESP_BACKEND_CPU_GEMM_H
+
+#include "backend/backend.h"
+
+void *esp_cpu_pack(esp_backend *be, const esp_tensor *w, int n, bool transposed, esp_dtype compute);
+void esp_cpu_pack_free(esp_backend *be, void *packed);
+void esp_cpu_linear(esp_backend *be, esp_tensor y, esp_tensor x, const esp_wview *w, esp_tensor bias,
+                    const esp_tail *tails, int n_tails, float beta);
+void esp_cpu_linear_dx(esp_backend *be, esp_tensor dx, esp_tensor dy, const esp_wview *w, const esp_tail *tails,
+                       int n_tails, float beta);
+void esp_cpu_matmul(esp_backend *be, esp_tensor c, esp_tensor a, bool trans_a, esp_tensor b, bool trans_b, float alpha,
+                    float beta);
+
+/* Bytes a packed operand of [out, in] takes in `compute` type at the current level (for planning and the count
+ * backend). */
+int64_t esp_cpu_pack_bytes(int64_t out, int64_t in, esp_dtype compute);
+/* Releases the per-thread scratch of the products (backend destruction). */
+void esp_cpu_gemm_shutdown(void);
+
+#endif
