@@ -72,6 +72,8 @@ typedef struct esp_adapter_kind {
   /* rows [r0, r0+n) of the effective weight, fp32 host: in: w holds the base rows [n, in]; out: the merged rows. Used
    * by merge, export and extraction only, never in a step. */
   esp_status (*materialise)(esp_adapter *a, esp_site *s, int64_t r0, int64_t n, float *w);
+  /* The same for the module's bias, [out]; NULL: the kind never changes a bias. */
+  esp_status (*materialise_bias)(esp_adapter *a, esp_site *s, float *bias);
   /* The exact low-rank form, where there is one: A [r,in], B [out,r] fp32 host with delta = B A (scale folded in B).
    * Returns r, writes when a/b not NULL. NULL function: none. */
   int64_t (*low_rank)(esp_adapter *a, esp_site *s, float *A, float *B);
@@ -88,8 +90,10 @@ struct esp_adapter { /* one named adapter on one model */
   void **site_state;  /* per site index: the kind's own record, arena memory */
   void **group_state; /* per group index */
   void *impl;
+  struct esp_train_modules *modules; /* what is trained beside the kind: modules_to_save, bias, token rows */
   bool trainable;
-  double weight; /* multiplies the adapter's effect when summed (composition); 1 */
+  double weight;     /* multiplies the adapter's effect when summed (composition); 1 */
+  int64_t backwards; /* backward passes seen: a trained adapter whose B is still zero is not saved */
 };
 
 const esp_adapter_kind *esp_adapter_find(const char *name);
@@ -102,6 +106,17 @@ esp_status esp_adapter_create(esp_model *m, const esp_adapter_cfg *cfg, const ch
 void esp_adapter_destroy(esp_adapter *a);
 /* The ordered list of adapters that are active on the model: their hooks are installed. n == 0: base mode. */
 esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n);
+
+/* What the adapter makes of a site, for merge, export and `--verify`; covers the kind's own change, fully trained copies
+ * (modules_to_save, bias, `full`) and replaced embedding rows (the tied head reads the same rows). Rows are those of the
+ * effective weight as the product sees it: LINEAR [out, in], EMBED [vocab, dim] (site->in rows), NORM [1, dim]. In: the
+ * base's rows, fp32. Out: the effective rows. */
+bool esp_adapter_changes(const esp_adapter *a, const esp_site *s);
+esp_status esp_adapter_effective_rows(esp_adapter *a, esp_site *s, int64_t r0, int64_t n, float *w);
+bool esp_adapter_changes_bias(const esp_adapter *a, const esp_site *s);
+esp_status esp_adapter_effective_bias(esp_adapter *a, esp_site *s, float *bias);
+/* The effective rank of a site (rank_pattern applied), 0 where it is not targeted or the kind has none. */
+int64_t esp_adapter_rank(const esp_adapter *a, const esp_site *s);
 
 /* PEFT directory, both ways (adapter_config.json + adapter_model.safetensors). Loading is strict: every tensor of the
  * file consumed once, every slot filled once, else an error listing both sets (at most 5 of each and the counts). */

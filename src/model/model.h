@@ -116,6 +116,8 @@ esp_status esp_model_load_weights(esp_model *m);
 void esp_model_close(esp_model *m);
 
 const esp_model_desc *esp_model_describe(const esp_model *m);
+esp_backend *esp_model_backend(const esp_model *m);
+esp_dtype esp_model_compute(const esp_model *m);
 int esp_model_sites(const esp_model *m, esp_site ***sites);
 int esp_model_groups(const esp_model *m, esp_group ***groups);
 esp_site *esp_model_find_site(const esp_model *m, const char *path);
