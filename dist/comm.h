@@ -26,6 +26,15 @@ struct esp_comm {
 };
 /* name: "self", "mpi", or "auto" (mpi when started by mpirun/srun and built with it, else self). */
 esp_status esp_comm_create(const char *name, esp_comm **out);
-void esp_comm_destroy(esp_comm *c);
+void esp_comm_destroy(esp_comm *c); /* NULL is allowed */
+/* Every rank says how its part went; every rank gets the worst answer. A rank that did well while another failed gets a
+ * message naming that rank. A collective call: use it where ranks may fail alone (files, memory, a step). */
+esp_status esp_comm_agree(esp_comm *c, esp_status mine);
+
+/* registry: one line per communicator */
+esp_status esp_comm_self_create(esp_comm **out);
+#ifdef ESP_HAVE_MPI
+esp_status esp_comm_mpi_create(esp_comm **out);
+#endif
 
 #endif
