@@ -3,7 +3,8 @@
  *
  *   espalier-demo-data OUT_DIR [SEED]
  *
- * writes OUT_DIR/corpus.jsonl, OUT_DIR/corpus.txt and OUT_DIR/<task>.{train,test}.jsonl.
+ * writes OUT_DIR/corpus.jsonl, OUT_DIR/<task>.{train,test}.jsonl and, in OUT_DIR/shape, the tokenizer (byte-level BPE
+ * trained on the corpus) and the config.json of the base.
  *
  * The little world: sentences with a subject (animal, person or thing), a mood, a number and a time. The corpus says
  * such a sentence and then remarks on some of its properties, so a model of it knows the properties. Each task asks for
@@ -18,6 +19,9 @@
 #include <sys/stat.h>
 
 #include "core/rng.h"
+#include "core/strbuf.h"
+#include "io/file.h"
+#include "text/tokenizer.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
 
@@ -120,8 +124,8 @@ static void close_out(FILE *f, const char *what) {
   }
 }
 
-static void corpus(const char *dir, int documents) {
-  FILE *lines = open_out(dir, "corpus.jsonl"), *text = open_out(dir, "corpus.txt");
+static void corpus(const char *dir, int documents, esp_strbuf *text) {
+  FILE *lines = open_out(dir, "corpus.jsonl");
   stream_ = esp_rng_stream(ESP_RNG_DATA, 0, 0, 0);
   draw_ = 0;
   for (int i = 0; i < documents; i++) {
@@ -143,10 +147,9 @@ static void corpus(const char *dir, int documents) {
       }
     }
     fprintf(lines, "{\"text\": \"%s\"}\n", doc);
-    fprintf(text, "%s\n", doc);
+    esp_strbuf_printf(text, "%s\n", doc);
   }
   close_out(lines, "corpus.jsonl");
-  close_out(text, "corpus.txt");
 }
 
 static void task(const char *dir, int t, const char *split, int rows) {
@@ -164,6 +167,40 @@ static void task(const char *dir, int t, const char *split, int rows) {
   close_out(f, name);
 }
 
+/* The shape of the base: 1.3 M parameters. */
+static const char config[] = "{\n"
+                             "  \"architectures\": [\"LlamaForCausalLM\"],\n"
+                             "  \"model_type\": \"llama\",\n"
+                             "  \"vocab_size\": 1024,\n"
+                             "  \"hidden_size\": 128,\n"
+                             "  \"intermediate_size\": 384,\n"
+                             "  \"num_hidden_layers\": 6,\n"
+                             "  \"num_attention_heads\": 4,\n"
+                             "  \"num_key_value_heads\": 2,\n"
+                             "  \"max_position_embeddings\": 512,\n"
+                             "  \"rms_norm_eps\": 1e-05,\n"
+                             "  \"rope_theta\": 10000.0,\n"
+                             "  \"hidden_act\": \"silu\",\n"
+                             "  \"attention_bias\": false,\n"
+                             "  \"mlp_bias\": false,\n"
+                             "  \"tie_word_embeddings\": true,\n"
+                             "  \"bos_token_id\": 0,\n"
+                             "  \"eos_token_id\": 1,\n"
+                             "  \"torch_dtype\": \"bfloat16\"\n"
+                             "}\n";
+
+static void shape(const char *dir, const esp_strbuf *text) {
+  static const char *const special[] = {"<s>", "</s>"};
+  char path[4096], file[4160];
+  snprintf(path, sizeof path, "%s/shape", dir);
+  snprintf(file, sizeof file, "%s/config.json", path);
+  if (text->failed || esp_mkdirs(path) || esp_file_write_atomic(file, config, sizeof config - 1) ||
+      esp_bpe_train(text->data, text->len, 1024, special, COUNT(special), path)) {
+    fprintf(stderr, "%s\n", esp_error_message());
+    exit(1);
+  }
+}
+
 int main(int argc, char **argv) {
   if (argc < 2 || argc > 3) {
     fprintf(stderr, "usage: espalier-demo-data OUT_DIR [SEED]\n");
@@ -174,7 +211,11 @@ int main(int argc, char **argv) {
     fprintf(stderr, "%s: %s\n", argv[1], strerror(errno));
     return 1;
   }
-  corpus(argv[1], 40000);
+  esp_strbuf text;
+  esp_strbuf_init(&text);
+  corpus(argv[1], 40000, &text);
+  shape(argv[1], &text);
+  esp_strbuf_deinit(&text);
   for (int t = 0; t < COUNT(task_name); t++) {
     task(argv[1], t, "train", 800);
     task(argv[1], t, "test", 200);

@@ -1,0 +1,36 @@
+/* score.h: a number for an evaluation set: perplexity, classification by label likelihood, exact match and ROUGE-L over
+ * generated text. Scores are kept as sums so that ranks can add theirs. */
+#ifndef ESP_EVAL_SCORE_H
+#define ESP_EVAL_SCORE_H
+
+#include "model/model.h"
+#include "recipe/recipe.h"
+#include "text/dataset.h"
+
+typedef struct esp_score_cfg {
+  esp_metric metric;
+  int64_t limit; /* first samples only; 0: all */
+  int64_t max_new_tokens;
+  int64_t batch_tokens; /* tokens per forward pass; at least one sample */
+  int rank, size;       /* this rank scores samples i with i % size == rank */
+} esp_score_cfg;
+
+typedef struct esp_score_sums { /* add element by element over ranks */
+  double num, den, samples;
+} esp_score_sums;
+
+/* perplexity: exp(num/den), num = sum of weight * nll, den = sum of weights, over trained tokens.
+ * choice: share of samples whose own label has the largest sum of log p(label tokens | prompt), terminator included.
+ * exact_match: share of greedy completions equal to the reference after trimming white space.
+ * rouge_l: mean F1 of the longest common subsequence of lower-cased words (Lin 2004, beta = 1). */
+esp_status esp_score_run(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
+                         const esp_score_cfg *cfg, esp_score_sums *out);
+double esp_score_value(esp_metric metric, const esp_score_sums *s);
+const char *esp_metric_name(esp_metric metric);
+bool esp_metric_smaller_better(esp_metric metric);
+
+/* Exposed for tests. */
+bool esp_exact_match(const char *answer, const char *reference);
+double esp_rouge_l(const char *answer, const char *reference);
+
+#endif
