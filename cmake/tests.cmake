@@ -26,4 +26,5 @@ foreach(source IN LISTS test_sources)
   add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
   set_tests_properties(${name} PROPERTIES LABELS ${suite} TIMEOUT 600)
 endforeach()
+include(cmake/tests_repo.cmake)
 include(cmake/tests_scripts.cmake OPTIONAL) # end-to-end, faults, ranks, golden: scripts over the program
