@@ -1,0 +1,165 @@
+/* plan.c: the run, done on the backend that only counts.
+ *
+ * The same setup and the same step as in a run are executed over the counting backend, with the largest micro-batch
+ * there is; the books of core/mem.h then hold what the run will hold. Datasets and tokenizer are real in both.
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "io/file.h"
+#include "train/train.h"
+
+static int64_t cgroup_limit(void) {
+  static const char *const files[] = {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
+  for (int i = 0; i < 2; i++) {
+    char *text = NULL;
+    size_t n;
+    if (!esp_file_exists(files[i])) continue;
+    if (esp_file_read(files[i], &text, &n) != ESP_OK) continue;
+    long long v = atoll(text); /* "max" gives 0 */
+    esp_mem_free(text);
+    if (v > 0) return v;
+  }
+  return 0;
+}
+
+int64_t esp_memory_limit(const esp_recipe *r) {
+  if (r->memory.limit_bytes > 0) return r->memory.limit_bytes;
+  int64_t machine = (int64_t)sysconf(_SC_PHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE), group = cgroup_limit();
+  if (group > 0 && group < machine) machine = group;
+  /* Ranks on one machine share its memory. */
+  const char *local = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
+  int ranks = local && atoi(local) > 0 ? atoi(local) : 1;
+  return (int64_t)((double)(machine / ranks) * r->memory.limit_share);
+}
+
+/* A micro-batch of the task's largest size. Its contents do not matter: nothing is computed. */
+static esp_status largest(esp_engine *e, const esp_task_steps *c, esp_ckpt_mode ckpt) {
+  size_t n = (size_t)c->max_tokens;
+  esp_status st = ESP_OK;
+  int32_t *ids = calloc(3 * n, sizeof *ids);
+  float *weights = calloc(n, sizeof *weights);
+  if (!ids || !weights) ESP_GOTO(esp_fail_oom("a plan's batch", 16 * n));
+  for (int64_t i = 0; i < c->max_trained; i++) weights[i] = 1.0f;
+  for (size_t i = 0; i < n; i++) ids[2 * n + i] = 0;
+  int32_t cu[2] = {0, (int32_t)n};
+  esp_batch b = {(int64_t)n, ids, ids + n, ids + 2 * n, weights, cu, 1};
+  esp_loss_out loss;
+  ESP_GOTO(esp_model_step(e->model, &e->stack, &b, ckpt, true, 1.0f, 0, 0, &loss, NULL));
+  ESP_GOTO(esp_backend_sync(e->be));
+out:
+  free(ids);
+  free(weights);
+  return st;
+}
+
+static esp_status evaluations(esp_engine *e, const esp_train_data *d, const esp_train_hooks *hooks) {
+  const esp_recipe *r = e->r;
+  for (int i = 0; hooks && hooks->score && i < r->eval.n_sets; i++) {
+    /* One rank's share is what one rank needs: the counting engine is alone, so it counts the whole set. */
+    esp_score_request q = {e->model, d->tok, d->eval[i], &e->stack, &r->eval.sets[i], r->eval.batch_tokens, e->comm};
+    double value;
+    int64_t samples;
+    ESP_TRY(hooks->score(hooks->ctx, &q, &value, &samples));
+  }
+  return ESP_OK;
+}
+
+static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_train_hooks *hooks, int task, bool fresh,
+                            const esp_task_steps *c, double *flops) {
+  const esp_recipe *r = e->r;
+  const esp_recipe_task *t = &r->tasks[task];
+  esp_status st = ESP_OK;
+  esp_packs *packs = NULL;
+  esp_rows rows = {0};
+  if (fresh) ESP_GOTO(esp_engine_load(e, r->model.base_model, &t->adapter, NULL, true));
+  ESP_GOTO(esp_engine_optim(e, &t->optim, task > 0));
+  if (!e->stack_ready) ESP_GOTO(esp_engine_stack(e, 0));
+  ESP_GOTO(largest(e, c, r->memory.activation_checkpointing));
+  if (fresh) ESP_GOTO(evaluations(e, d, hooks));
+  /* Again with the stack at its full height, now as a whole step over the first rows: this is also what is counted. */
+  ESP_GOTO(largest(e, c, r->memory.activation_checkpointing));
+  ESP_GOTO(esp_packs_create(d->task[task], &t->data_cfg, r->seed, task, 0, &packs));
+  double before = e->be->stats.flops;
+  esp_step_in in = {packs, 0,           t->train.micro_batch_size,          t->train.gradient_accumulation_steps,
+                    0,     t->optim.lr, r->memory.activation_checkpointing, r->seed};
+  esp_step_out out;
+  ESP_GOTO(esp_train_step(e, &in, &rows, &out));
+  *flops = (e->be->stats.flops - before) / (double)(out.tokens > 0 ? out.tokens : 1); /* per token */
+out:
+  esp_packs_destroy(packs);
+  esp_rows_deinit(&rows);
+  return st;
+}
+
+static void count_parameters(const esp_engine *e, esp_plan *p) {
+  esp_site **sites;
+  int n = esp_model_sites(e->model, &sites);
+  bool tied = esp_model_describe(e->model)->tied;
+  for (int i = 0; i < n; i++) {
+    if (sites[i]->is_head && tied) continue;
+    p->parameters += sites[i]->out * sites[i]->in + (sites[i]->bias_tensor ? sites[i]->out : 0);
+  }
+  for (int i = 0; i < e->adapter->params->count; i++)
+    if (!e->adapter->params->list[i].frozen) p->trainable += e->adapter->params->list[i].numel;
+}
+
+esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm *comm, const esp_train_hooks *hooks,
+                          esp_plan_detail *out) {
+  esp_status st = ESP_OK;
+  esp_engine e = {0};
+  esp_comm *alone = NULL; /* the plan talks to nobody; the run's ranks only enter the counts */
+  *out = (esp_plan_detail){0};
+  esp_plan *p = out->plan = calloc(1, sizeof *p);
+  out->task = esp_mem_alloc(ESP_MEM_DATA, (size_t)r->n_tasks * sizeof *out->task);
+  if (p) p->tasks = calloc((size_t)r->n_tasks, sizeof *p->tasks);
+  if (!p || !p->tasks || !out->task) ESP_GOTO(esp_fail_oom("a plan", sizeof *p));
+  p->n_tasks = r->n_tasks;
+  p->ranks = comm->size;
+  for (int i = 0; i < r->n_tasks; i++) ESP_GOTO(esp_task_count(r, i, d->task[i], comm->size, &out->task[i]));
+  esp_mem_stats_reset_peak();
+  ESP_GOTO(esp_comm_create("self", &alone));
+  ESP_GOTO(esp_engine_init(&e, r, alone, "count"));
+  for (int i = 0; i < r->n_tasks; i++) {
+    const esp_task_steps *c = &out->task[i];
+    double flops = 0;
+    ESP_GOTO(plan_task(&e, d, hooks, i, i == 0 || r->continual.policy != ESP_POLICY_CONTINUE, c, &flops));
+    esp_plan_task *t = &p->tasks[i];
+    strncpy(t->name, r->tasks[i].name, sizeof t->name - 1);
+    t->samples = c->samples, t->rows = c->rows, t->steps = c->steps, t->tokens = c->tokens;
+    t->trained_tokens = c->weight, t->flops = flops * (double)c->tokens;
+    p->steps += c->steps, p->tokens += c->tokens, p->flops += t->flops;
+    if (c->max_tokens > p->micro_batch_tokens) p->micro_batch_tokens = c->max_tokens;
+    if (i == 0) count_parameters(&e, p);
+  }
+  p->flops_per_step = p->steps ? p->flops / (double)p->steps : 0;
+  out->stack_bytes = e.stack.high;
+  esp_mem_stats s;
+  esp_mem_stats_get(&s);
+  p->peak_bytes = s.peak_total;
+  p->n_categories = ESP_MEM_KINDS;
+  for (int k = 0; k < ESP_MEM_KINDS; k++) {
+    p->category_name[k] = esp_mem_kind_name((esp_mem_kind)k);
+    p->category_bytes[k] = s.peak[k];
+  }
+  p->limit_bytes = esp_memory_limit(r);
+  p->fits = p->peak_bytes <= p->limit_bytes;
+out:
+  esp_engine_deinit(&e);
+  esp_comm_destroy(alone);
+  if (st != ESP_OK) esp_plan_detail_deinit(out);
+  return st;
+}
+
+void esp_plan_free(esp_plan *p) {
+  if (!p) return;
+  free(p->tasks);
+  free(p);
+}
+
+void esp_plan_detail_deinit(esp_plan_detail *d) {
+  esp_plan_free(d->plan);
+  esp_mem_free(d->task);
+  *d = (esp_plan_detail){0};
+}

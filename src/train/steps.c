@@ -1,0 +1,49 @@
+/* steps.c: how many steps a task takes and the largest shapes in it: exact, by packing every epoch. */
+#include <math.h>
+
+#include "train/train.h"
+
+static esp_status measure_epoch(const esp_packs *p, const esp_recipe_train *t, esp_rows *rows, int64_t row_limit,
+                                esp_task_steps *out) {
+  int64_t n = esp_packs_count(p) < row_limit ? esp_packs_count(p) : row_limit;
+  for (int64_t first = 0; first < n; first += t->micro_batch_size) {
+    int64_t take = esp_packs_count(p) - first < t->micro_batch_size ? esp_packs_count(p) - first : t->micro_batch_size;
+    ESP_TRY(esp_packs_fetch(p, first, take, 0, rows));
+    int64_t tokens = esp_train_pad(rows->tokens), trained = 0;
+    for (int64_t i = 0; i < rows->tokens; i++) trained += rows->weights[i] != 0.0f;
+    if (tokens > out->max_tokens) out->max_tokens = tokens;
+    if (trained > out->max_trained) out->max_trained = trained;
+    out->tokens += tokens;
+  }
+  return ESP_OK;
+}
+
+esp_status esp_task_count(const esp_recipe *r, int task, const esp_dataset *d, int ranks, esp_task_steps *out) {
+  esp_status st = ESP_OK;
+  esp_packs *p = NULL;
+  esp_rows rows = {0};
+  const esp_recipe_train *t = &r->tasks[task].train;
+  *out = (esp_task_steps){.samples = esp_dataset_count(d)};
+  double epochs_left = t->epochs;
+  for (int64_t epoch = 0; t->max_steps > 0 ? out->steps < t->max_steps : epochs_left > 1e-9; epoch++) {
+    ESP_GOTO(esp_packs_create(d, &r->tasks[task].data_cfg, r->seed, task, epoch, &p));
+    int64_t n = esp_packs_count(p), span = t->micro_batch_size * t->gradient_accumulation_steps * ranks;
+    int64_t steps = (n + span - 1) / span;
+    if (steps == 0) ESP_GOTO(esp_fail(ESP_ERR_DATA, "task '%s' has no row to train on", r->tasks[task].name));
+    if (t->max_steps > 0 && steps > t->max_steps - out->steps) steps = t->max_steps - out->steps;
+    if (t->max_steps <= 0 && epochs_left < 1) steps = (int64_t)ceil((double)steps * epochs_left - 1e-9);
+    if (epoch == 0) {
+      out->rows = n;
+      for (int64_t i = 0; i < n; i++) out->weight += esp_packs_row_weight(p, i);
+    }
+    ESP_GOTO(measure_epoch(p, t, &rows, steps * span, out));
+    out->steps += steps;
+    epochs_left -= 1;
+    esp_packs_destroy(p);
+    p = NULL;
+  }
+out:
+  esp_packs_destroy(p);
+  esp_rows_deinit(&rows);
+  return st;
+}

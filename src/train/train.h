@@ -1,0 +1,125 @@
+/* train.h: the run of a recipe: setup, plan, loop over tasks, checkpoints, resume.
+ *
+ * Evaluation and merging are rooms beside this one; the loop reaches them through esp_train_hooks, filled in by the
+ * room above (src/api), so that no include points sideways.
+ */
+#ifndef ESP_TRAIN_TRAIN_H
+#define ESP_TRAIN_TRAIN_H
+
+#include "dist/comm.h"
+#include "espalier/run.h"
+#include "recipe/recipe.h"
+#include "tasks/matrix.h"
+
+#define ESP_PATH 4096
+
+typedef struct esp_score_request {
+  esp_model *model;
+  const esp_tokenizer *tok;
+  const esp_dataset *data;
+  esp_stack *stack;
+  const esp_eval_set *set;
+  int64_t batch_tokens;
+  esp_comm *comm;
+} esp_score_request;
+
+typedef struct esp_train_hooks {
+  void *ctx;
+  /* Collective over the ranks of the request's communicator. NULL: no evaluation. */
+  esp_status (*score)(void *ctx, const esp_score_request *q, double *value, int64_t *samples);
+  const char *(*metric_name)(esp_metric metric);
+  bool (*smaller_better)(esp_metric metric);
+  /* Writes base + adapter as a model directory. NULL: merge_then_new is refused. */
+  esp_status (*merge)(void *ctx, const char *base, const char *adapter, const char *out);
+} esp_train_hooks;
+
+/* ---- data of a run: everything that is read before a weight is ---- */
+typedef struct esp_train_data {
+  esp_tokenizer *tok;
+  esp_dataset **task; /* [r->n_tasks] */
+  esp_dataset **eval; /* [r->eval.n_sets] */
+  int n_tasks, n_sets;
+} esp_train_data;
+esp_status esp_train_data_load(const esp_recipe *r, bool with_tasks, bool with_eval, esp_train_data *out);
+void esp_train_data_deinit(esp_train_data *d);
+
+/* ---- engine: model, adapter, optimizer and activation stack on one backend ---- */
+typedef struct esp_engine {
+  const esp_recipe *r;
+  esp_comm *comm;
+  esp_backend *be;
+  esp_model *model;
+  esp_adapter *adapter;
+  esp_optim *optim;
+  esp_stack stack;
+  bool stack_ready;
+} esp_engine;
+/* backend: "cpu" or "count". */
+esp_status esp_engine_init(esp_engine *e, const esp_recipe *r, esp_comm *comm, const char *backend);
+void esp_engine_deinit(esp_engine *e);
+/* Opens `base`, attaches the adapter of the configuration (adapter_dir NULL: new; else loaded and trainable as said),
+ * loads the weights. The stack, if there is one, stays. cfg NULL and adapter_dir NULL: the bare base. */
+esp_status esp_engine_load(esp_engine *e, const char *base, const esp_adapter_cfg *cfg, const char *adapter_dir,
+                           bool trainable);
+void esp_engine_unload(esp_engine *e);
+/* The optimizer for a task: new, or the present one with another configuration when `keep` and the kind is the same. */
+esp_status esp_engine_optim(esp_engine *e, const esp_optim_cfg *cfg, bool keep);
+esp_status esp_engine_stack(esp_engine *e, int64_t capacity);
+
+/* ---- one optimizer step ---- */
+typedef struct esp_step_out {
+  double loss, accuracy, grad_norm, weight;
+  int64_t tokens; /* all ranks, padding excluded */
+  bool stop;      /* some rank was asked to stop */
+} esp_step_out;
+typedef struct esp_step_in {
+  const esp_packs *packs;
+  int64_t epoch_step; /* step within the epoch */
+  int64_t micro_batch, accumulate;
+  int64_t step; /* of the run, 0-based: keys dropout */
+  double lr;    /* scheduled */
+  esp_ckpt_mode ckpt;
+  uint64_t seed;
+} esp_step_in;
+/* Collective. A non-finite loss or gradient is ESP_ERR_DIVERGED and leaves the parameters as they were. */
+esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, esp_step_out *out);
+/* Padded token count of a micro-batch: shapes repeat, which is what packed products and caches like. */
+int64_t esp_train_pad(int64_t tokens);
+
+/* ---- where a run stands ---- */
+typedef struct esp_cursor {
+  int64_t task;      /* r->n_tasks: finished */
+  int64_t task_step; /* steps done in the task */
+  int64_t epoch, epoch_step;
+  int64_t step; /* of the whole run */
+} esp_cursor;
+
+/* Steps of each task, exactly: packing differs from epoch to epoch, so each epoch is packed. */
+typedef struct esp_task_steps {
+  int64_t samples, rows, steps; /* rows of epoch 0 */
+  int64_t max_tokens;           /* largest micro-batch, padded */
+  int64_t max_trained;          /* most rows with a loss in one micro-batch */
+  int64_t tokens;               /* of the task, padding included, all ranks */
+  double weight;                /* of epoch 0 */
+} esp_task_steps;
+esp_status esp_task_count(const esp_recipe *r, int task, const esp_dataset *d, int ranks, esp_task_steps *out);
+
+/* ---- plan ---- */
+typedef struct esp_plan_detail {
+  esp_plan *plan;       /* owned; NULL when not wanted */
+  int64_t stack_bytes;  /* what the activation stack needs */
+  esp_task_steps *task; /* [n_tasks], esp_mem */
+} esp_plan_detail;
+esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm *comm, const esp_train_hooks *hooks,
+                          esp_plan_detail *out);
+void esp_plan_detail_deinit(esp_plan_detail *p);
+/* memory.limit in bytes for this process. */
+int64_t esp_memory_limit(const esp_recipe *r);
+
+/* ---- run and resume (collective over the ranks) ---- */
+esp_status esp_train_run(const esp_recipe *r, esp_comm *comm, const esp_train_hooks *hooks, bool resume,
+                         const esp_run_options *opt, esp_run_result *result);
+/* base model directory that the last task was trained on, and the last adapter directory (for `after`). */
+esp_status esp_train_last(const esp_recipe *r, char base[ESP_PATH], char adapter[ESP_PATH]);
+
+#endif
