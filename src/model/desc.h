@@ -34,6 +34,7 @@ typedef struct esp_model_desc {
   bool fused_gate_up;
   bool transposed; /* Conv1D: stored [in, out]; adapters set fan_in_fan_out */
   float attn_scale, attn_softcap, final_softcap;
+  bool attn_scale_by_layer; /* GPT-2's scale_attn_by_inverse_layer_idx: attn_scale / (layer + 1) */
   bool causal;
   int window[ESP_MAX_LAYERS]; /* 0: full */
 

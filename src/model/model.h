@@ -98,6 +98,11 @@ typedef struct esp_adapter_hooks {
   /* EMBED: y is the embedding output [T, dim], ids on the backend. */
   void (*embed)(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot);
   void (*embed_bwd)(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy, void **slot);
+  /* Any of the above may be NULL (without output_bwd the model saves a copy of the residual gradient per block part).
+   * x in the backward hooks is the group's own input, as it was before `input`.
+   * How far down backward has to go: the lowest block with a trained adapter; -1: an embedding is adapted; the number
+   * of layers: only the head is. NULL: -1. */
+  int (*lowest_layer)(void *ctx);
 } esp_adapter_hooks;
 
 typedef enum esp_ckpt_mode { ESP_CKPT_OFF, ESP_CKPT_FULL } esp_ckpt_mode;

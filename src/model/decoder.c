@@ -1,0 +1,140 @@
+/* decoder.c: the block loop, forward and backward. What a block keeps lies on the activation stack between its mark and
+ * the next block's; with full checkpointing a block keeps its input only and its forward runs again before its
+ * backward. Backward stops at the lowest block in which something is trained. */
+#include <string.h>
+
+#include "model/internal.h"
+
+esp_status esp_batch_check(const esp_model *m, const esp_batch *b, bool labels) {
+  const esp_model_desc *d = &m->d;
+  if (b->tokens <= 0 || b->n_seqs <= 0) return esp_fail(ESP_ERR_DATA, "%s: an empty batch", m->dir);
+  if (b->cu_seqlens[0] != 0 || b->cu_seqlens[b->n_seqs] != b->tokens)
+    return esp_fail(ESP_ERR_INTERNAL, "%s: cu_seqlens does not cover the batch", m->dir);
+  for (int64_t t = 0; t < b->tokens; t++) {
+    if (b->ids[t] < 0 || b->ids[t] >= d->vocab)
+      return esp_fail(ESP_ERR_DATA, "%s: token id %d is outside the vocabulary of %lld", m->dir, b->ids[t],
+                      (long long)d->vocab);
+    if (b->positions[t] < 0 || (d->pos == ESP_POS_LEARNED && b->positions[t] >= d->max_positions))
+      return esp_fail(ESP_ERR_DATA, "%s: position %d is outside the model's %lld learned positions", m->dir,
+                      b->positions[t], (long long)d->max_positions);
+    if (labels && b->weights[t] != 0.0f && (b->targets[t] < 0 || b->targets[t] >= d->vocab))
+      return esp_fail(ESP_ERR_DATA, "%s: target id %d is outside the vocabulary of %lld", m->dir, b->targets[t],
+                      (long long)d->vocab);
+  }
+  return ESP_OK;
+}
+
+esp_status esp_pass_begin(esp_pass *p, esp_model *m, esp_stack *stack, const esp_batch *b, int64_t head_rows,
+                          bool train) {
+  ESP_TRY(esp_model_load_weights(m)); /* loads what an adapter switched off since the last pass leaves to the base */
+  ESP_TRY(esp_work_ensure(m, b->tokens, head_rows, train));
+  int64_t last = 0;
+  for (int64_t t = 0; t < b->tokens; t++) last = b->positions[t] > last ? b->positions[t] : last;
+  ESP_TRY(esp_rope_ensure(m, last + 1));
+  int32_t *d_ids = esp_work_ints(m, ESP_INTS_IDS), *d_pos = esp_work_ints(m, ESP_INTS_POS);
+  m->be->ops->upload(m->be, d_ids, b->ids, b->tokens * 4);
+  m->be->ops->upload(m->be, d_pos, b->positions, b->tokens * 4);
+  *p = (esp_pass){.run = {.be = m->be,
+                          .stack = stack,
+                          .model = m,
+                          .batch = b,
+                          .d_ids = d_ids,
+                          .d_positions = d_pos,
+                          .compute = m->opt.compute,
+                          .train = train},
+                  .tokens = b->tokens};
+  return ESP_OK;
+}
+
+void esp_decoder_forward(esp_pass *p, esp_ckpt_mode ckpt) {
+  esp_run *run = &p->run;
+  esp_model *m = run->model;
+  int64_t t = p->tokens, hidden = m->d.hidden;
+  esp_tensor none = {0}, y = esp_work_tensor(m, ESP_W_Y, t, hidden);
+  /* All block inputs live at the end of forward whatever is done, so they are pushed first; without a backward one
+   * buffer is updated in place. */
+  for (int l = 0; l < m->d.layers; l++)
+    m->saved[l].r0 = run->train || l == 0 ? esp_stack_tensor(run->stack, run->compute, t, hidden) : m->saved[0].r0;
+  esp_embed_forward(run, m->saved[0].r0);
+  for (int l = 0; l < m->d.layers; l++) {
+    esp_saved *s = &m->saved[l];
+    s->mark = esp_stack_mark(run->stack);
+    esp_attention_forward(p, l, l ? y : none, l ? m->saved[l - 1].r1 : none, s);
+    esp_mlp_forward(p, l, s, false);
+    if (!run->train || ckpt == ESP_CKPT_FULL) esp_stack_release(run->stack, s->mark);
+  }
+  run->be->ops->axpby(run->be, y, 1.0f, m->saved[m->d.layers - 1].r1, 1.0f);
+}
+
+static void decoder_backward(esp_pass *p, esp_ckpt_mode ckpt, int lowest) {
+  esp_run *run = &p->run;
+  esp_model *m = run->model;
+  esp_tensor none = {0};
+  for (int l = m->d.layers - 1; l >= 0 && l >= lowest; l--) {
+    esp_saved *s = &m->saved[l];
+    if (ckpt == ESP_CKPT_FULL) {
+      s->mark = esp_stack_mark(run->stack);
+      esp_attention_forward(p, l, none, none, s);
+      esp_mlp_forward(p, l, s, true);
+    }
+    esp_mlp_backward(p, l, s);
+    esp_attention_backward(p, l, s, l > lowest);
+    esp_stack_release(run->stack, s->mark);
+  }
+  if (lowest < 0) esp_embed_backward(run, esp_work_tensor(m, ESP_W_DR, p->tokens, m->d.hidden));
+}
+
+/* The lowest block that backward has to reach; -1: the embeddings; layers: only the final norm or the head; layers + 1:
+ * the head alone. */
+static int lowest_trained(const esp_model *m) {
+  int low = m->d.layers + 1;
+  for (int i = 0; i < m->n_sites; i++) {
+    const esp_site *s = m->sites[i];
+    if (!esp_site_trained(s)) continue;
+    int at = s->kind == ESP_SITE_EMBED ? -1
+             : s == m->final_norm      ? m->d.layers
+             : s->is_head              ? m->d.layers + 1
+                                       : s->layer;
+    if (at < low) low = at;
+  }
+  if (m->hooks) {
+    int at = m->hooks->lowest_layer ? m->hooks->lowest_layer(m->hooks->ctx) : -1;
+    if (at >= m->d.layers) at = m->d.layers + 1;
+    if (at < low) low = at;
+  }
+  return low;
+}
+
+esp_status esp_model_step(esp_model *m, esp_stack *stack, const esp_batch *b, esp_ckpt_mode ckpt, bool train,
+                          float scale, uint64_t seed, int64_t draw, esp_loss_out *out, float *logprob) {
+  esp_pass p;
+  ESP_TRY(esp_batch_check(m, b, true));
+  int64_t labelled = 0;
+  for (int64_t t = 0; t < b->tokens; t++) labelled += b->weights[t] != 0.0f;
+  ESP_TRY(esp_pass_begin(&p, m, stack, b, labelled ? labelled : 1, train));
+  p.run.seed = seed;
+  p.run.draw = draw;
+  int64_t mark = esp_stack_mark(stack);
+  int lowest = train ? lowest_trained(m) : m->d.layers + 1;
+  esp_decoder_forward(&p, ckpt);
+  esp_status st = esp_head_loss(&p, scale, train, lowest <= m->d.layers, out, logprob);
+  if (st == ESP_OK && train && out->weight_sum != 0.0) decoder_backward(&p, ckpt, lowest);
+  esp_stack_release(stack, mark);
+  return st == ESP_OK ? esp_backend_sync(m->be) : st;
+}
+
+esp_status esp_model_logits(esp_model *m, esp_stack *stack, const esp_batch *b, const int32_t *rows, int n_rows,
+                            float *logits) {
+  esp_pass p;
+  ESP_TRY(esp_batch_check(m, b, false));
+  for (int i = 0; i < n_rows; i++)
+    if (rows[i] < 0 || rows[i] >= b->tokens)
+      return esp_fail(ESP_ERR_INTERNAL, "logits: row %d of a batch of %lld", rows[i], (long long)b->tokens);
+  if (n_rows <= 0) return ESP_OK;
+  ESP_TRY(esp_pass_begin(&p, m, stack, b, n_rows, false));
+  int64_t mark = esp_stack_mark(stack);
+  esp_decoder_forward(&p, ESP_CKPT_OFF);
+  esp_status st = esp_head_logits(&p, rows, n_rows, logits);
+  esp_stack_release(stack, mark);
+  return st == ESP_OK ? esp_backend_sync(m->be) : st;
+}

@@ -1,0 +1,175 @@
+/* group.c: the linear sites that read one input. The base product is one matmul over the stacked operand wherever the
+ * sites are all frozen or all trained side by side; hooks of the adapters are called around it in a fixed order and in
+ * the mirrored order on the way back. */
+#include <string.h>
+
+#include "model/internal.h"
+
+static bool weight_trained(const esp_site *s) {
+  return s->trained && s->trained_weight >= 0;
+}
+static bool bias_trained(const esp_site *s) {
+  return s->trained && s->trained_bias >= 0;
+}
+
+/* The trained weights of all sites as one [out, in] tensor. which: 0 shadow, 2 gradient. */
+static esp_tensor stacked(const esp_group *g, int which) {
+  const esp_site *s = g->sites[0];
+  if (g->n_sites == 1)
+    return which == 0 ? esp_param_shadow(s->trained, s->trained_weight) : esp_param_grad(s->trained, s->trained_weight);
+  return esp_params_stacked(s->trained, s->trained_weight, g->n_sites, which);
+}
+
+/* Biases that are trained live in the store; the stacked copy that the product reads is refreshed before use. */
+static void refresh_bias(esp_run *run, esp_group *g) {
+  for (int i = 0; i < g->n_sites; i++) {
+    const esp_site *s = g->sites[i];
+    if (!bias_trained(s)) continue;
+    esp_tensor dst = esp_tensor_2d((float *)g->bias.data + s->col0, ESP_F32, 1, s->out);
+    esp_tensor src = esp_tensor_2d(esp_param_master(s->trained, s->trained_bias).data, ESP_F32, 1, s->out);
+    run->be->ops->axpby(run->be, dst, 1.0f, src, 0.0f);
+  }
+}
+
+static esp_tensor site_bias(const esp_group *g, const esp_site *s) {
+  esp_tensor none = {0};
+  if (!g->bias.data) return none;
+  return esp_tensor_1d((float *)g->bias.data + s->col0, ESP_F32, s->out);
+}
+
+static bool borrow(esp_run *run, esp_weight *w, esp_wview *v) {
+  esp_status st = w->ops->borrow(w, run->be, v);
+  if (st != ESP_OK && run->be->sticky == ESP_OK) run->be->sticky = st;
+  return st == ESP_OK;
+}
+
+static esp_wview dense_view(esp_tensor w, int64_t out, int64_t in) {
+  esp_wview v = {out, in, NULL, w};
+  v.dense.ndim = 2;
+  v.dense.shape[0] = out;
+  v.dense.shape[1] = in;
+  v.dense.ld = in;
+  return v;
+}
+
+static void product(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, const esp_tail *tails, int n) {
+  esp_backend *be = run->be;
+  esp_group_state *gs = &run->model->gs[g->index];
+  esp_wview v;
+  if (gs->bias_trained) refresh_bias(run, g);
+  switch (gs->mode) {
+  case ESP_GROUP_PACKED:
+    if (!borrow(run, &g->weight, &v)) return;
+    be->ops->linear(be, y, x, &v, g->bias, tails, n, 0.0f);
+    g->weight.ops->give_back(&g->weight, be, &v);
+    break;
+  case ESP_GROUP_STACKED:
+    v = dense_view(stacked(g, 0), g->out, g->in);
+    be->ops->linear(be, y, x, &v, g->bias, tails, n, 0.0f);
+    break;
+  case ESP_GROUP_SPLIT:
+    for (int i = 0; i < g->n_sites; i++) {
+      esp_site *s = g->sites[i];
+      esp_tensor ys = esp_tensor_cols_view(&y, s->col0, s->out);
+      if (weight_trained(s)) {
+        v = dense_view(esp_param_shadow(s->trained, s->trained_weight), s->out, s->in);
+        be->ops->linear(be, ys, x, &v, site_bias(g, s), NULL, 0, 0.0f);
+      } else {
+        if (!borrow(run, &gs->site_weight[i], &v)) return;
+        be->ops->linear(be, ys, x, &v, site_bias(g, s), NULL, 0, 0.0f);
+        gs->site_weight[i].ops->give_back(&gs->site_weight[i], be, &v);
+      }
+    }
+    /* a tail's columns may span several products here, so tails are added on their own */
+    for (int i = 0; i < n; i++) {
+      esp_tensor yt = esp_tensor_cols_view(&y, tails[i].col0, esp_tensor_rows(&tails[i].w));
+      be->ops->matmul(be, yt, tails[i].x, false, tails[i].w, true, 1.0f, 1.0f);
+    }
+    break;
+  }
+}
+
+static void product_dx(esp_run *run, esp_group *g, esp_tensor dy, esp_tensor dx, const esp_tail *tails, int n) {
+  esp_backend *be = run->be;
+  esp_group_state *gs = &run->model->gs[g->index];
+  esp_wview v;
+  switch (gs->mode) {
+  case ESP_GROUP_PACKED:
+    if (!borrow(run, &g->weight, &v)) return;
+    be->ops->linear_dx(be, dx, dy, &v, tails, n, 0.0f);
+    g->weight.ops->give_back(&g->weight, be, &v);
+    break;
+  case ESP_GROUP_STACKED:
+    v = dense_view(stacked(g, 0), g->out, g->in);
+    be->ops->linear_dx(be, dx, dy, &v, tails, n, 0.0f);
+    break;
+  case ESP_GROUP_SPLIT:
+    for (int i = 0; i < g->n_sites; i++) {
+      esp_site *s = g->sites[i];
+      esp_tensor dys = esp_tensor_cols_view(&dy, s->col0, s->out);
+      const esp_tail *t = i == 0 ? tails : NULL; /* they add to dx, whichever product carries them */
+      int nt = i == 0 ? n : 0;
+      if (weight_trained(s)) {
+        v = dense_view(esp_param_shadow(s->trained, s->trained_weight), s->out, s->in);
+        be->ops->linear_dx(be, dx, dys, &v, t, nt, i == 0 ? 0.0f : 1.0f);
+      } else {
+        if (!borrow(run, &gs->site_weight[i], &v)) return;
+        be->ops->linear_dx(be, dx, dys, &v, t, nt, i == 0 ? 0.0f : 1.0f);
+        gs->site_weight[i].ops->give_back(&gs->site_weight[i], be, &v);
+      }
+    }
+    break;
+  }
+}
+
+void esp_group_forward(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, bool keep_only) {
+  const esp_adapter_hooks *h = run->model->hooks;
+  void **slot = &run->model->slots[g->index];
+  esp_tail tails[ESP_MAX_TAILS];
+  int n = 0;
+  *slot = NULL;
+  if (h && h->input) h->input(h->ctx, run, g, &x, slot);
+  if (h && h->tails) n = h->tails(h->ctx, run, g, x, tails, ESP_MAX_TAILS, slot);
+  if (keep_only && !(h && h->output)) return;
+  product(run, g, x, y, tails, n);
+  if (h && h->output) h->output(h->ctx, run, g, x, y, slot);
+}
+
+/* dW += dy^T x and db += column sums of dy, in fp32, for the sites that are trained in full. */
+static void trained_grads(esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy) {
+  esp_backend *be = run->be;
+  esp_group_state *gs = &run->model->gs[g->index];
+  if (!gs->trains) return;
+  if (gs->mode == ESP_GROUP_STACKED) be->ops->matmul(be, stacked(g, 2), dy, true, x, false, 1.0f, 1.0f);
+  for (int i = 0; i < g->n_sites; i++) {
+    esp_site *s = g->sites[i];
+    esp_tensor dys = esp_tensor_cols_view(&dy, s->col0, s->out);
+    if (gs->mode == ESP_GROUP_SPLIT && weight_trained(s))
+      be->ops->matmul(be, esp_param_grad(s->trained, s->trained_weight), dys, true, x, false, 1.0f, 1.0f);
+    if (bias_trained(s)) be->ops->col_sum(be, esp_param_grad(s->trained, s->trained_bias).data, dys);
+  }
+}
+
+void esp_group_backward(esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tensor dx) {
+  const esp_adapter_hooks *h = run->model->hooks;
+  void **slot = &run->model->slots[g->index];
+  esp_tail tails[ESP_MAX_TAILS];
+  int n = 0;
+  if (h && h->output_bwd) h->output_bwd(h->ctx, run, g, x, dy, slot);
+  trained_grads(run, g, x, dy);
+  if (h && h->tails_bwd) n = h->tails_bwd(h->ctx, run, g, x, dy, tails, ESP_MAX_TAILS, slot);
+  if (!dx.data) return;
+  product_dx(run, g, dy, dx, tails, n);
+  if (h && h->input_bwd) h->input_bwd(h->ctx, run, g, dx, slot);
+}
+
+bool esp_group_uses_input(const esp_model *m, const esp_group *g) {
+  return m->hooks || m->gs[g->index].trains;
+}
+
+esp_tensor esp_group_dy(esp_run *run, esp_tensor dy, esp_tensor copy) {
+  const esp_adapter_hooks *h = run->model->hooks;
+  if (!h || !h->output_bwd) return dy;
+  run->be->ops->axpby(run->be, copy, 1.0f, dy, 0.0f);
+  return copy;
+}

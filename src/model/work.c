@@ -1,0 +1,66 @@
+/* work.c: the work buffers of a pass. They grow to the largest pass seen and are never on the activation stack (see
+ * internal.h). Sizes are a function of the description, the token count and whether there is a backward: the counting
+ * backend asks for the same bytes. */
+#include "model/internal.h"
+
+/* Rows of fp32 logits that exist at a time: enough to keep the product efficient, at most 64 MB. */
+int64_t esp_head_chunk(const esp_model *m, int64_t rows) {
+  int64_t c = (INT64_C(16) << 20) / m->d.vocab / 32 * 32;
+  if (c < 64) c = 64;
+  if (c > 1024) c = 1024;
+  return rows < c ? rows : c;
+}
+
+static int64_t max3(int64_t a, int64_t b, int64_t c) {
+  int64_t ab = a > b ? a : b;
+  return ab > c ? ab : c;
+}
+
+esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, bool train) {
+  const esp_model_desc *d = &m->d;
+  int64_t size = (int64_t)esp_dtype_size(m->opt.compute);
+  int64_t q = (int64_t)d->heads * d->head_dim, kv = (int64_t)d->kv_heads * d->head_dim;
+  int64_t chunk = esp_head_chunk(m, head_rows < tokens ? head_rows : tokens);
+  bool qk = d->qk_norm != ESP_QKNORM_NONE;
+  int64_t want[ESP_W_COUNT] = {
+      [ESP_W_NORMED] = tokens * d->hidden * size,
+      [ESP_W_Y] = tokens * d->hidden * size,
+      [ESP_W_WIDE] = tokens * max3(d->ffn, d->hidden, train ? q + 2 * kv : 0) * size,
+      [ESP_W_DWIDE] = train ? tokens * max3(d->ffn, d->hidden, q) * size : 0,
+      [ESP_W_DR] = train ? tokens * d->hidden * size : 0,
+      [ESP_W_QK0] = qk ? tokens * (q + kv) * size : 0,
+      [ESP_W_QK1] = qk ? tokens * (q + kv) * size : 0,
+      [ESP_W_QK2] = qk && train ? tokens * (q + kv) * size : 0,
+      [ESP_W_LOGITS] = chunk * d->vocab * 4,
+      [ESP_W_DLOGITS] = train ? chunk * d->vocab * size : 0,
+      [ESP_W_STAT] = 2 * tokens * 4,
+      [ESP_W_IDS] = ESP_INTS_COUNT * tokens * 4,
+      [ESP_W_TOTAL] = 8,
+  };
+  for (int i = 0; i < ESP_W_COUNT; i++) {
+    if (want[i] <= m->work.bytes[i]) continue;
+    if (m->work.buf[i]) m->be->ops->free(m->be, m->work.buf[i]);
+    m->work.bytes[i] = 0;
+    m->work.buf[i] = m->be->ops->alloc(m->be, ESP_MEM_WORKSPACE, want[i]);
+    if (!m->work.buf[i]) return ESP_ERR_MEMORY;
+    m->work.bytes[i] = want[i];
+  }
+  return ESP_OK;
+}
+
+void esp_work_release(esp_model *m) {
+  for (int i = 0; i < ESP_W_COUNT; i++) {
+    if (m->work.buf[i]) m->be->ops->free(m->be, m->work.buf[i]);
+    m->work.buf[i] = NULL;
+    m->work.bytes[i] = 0;
+  }
+}
+
+esp_tensor esp_work_tensor(const esp_model *m, esp_work_id id, int64_t rows, int64_t cols) {
+  return esp_tensor_2d(m->work.buf[id], id == ESP_W_LOGITS ? ESP_F32 : m->opt.compute, rows, cols);
+}
+
+int32_t *esp_work_ints(const esp_model *m, int which) {
+  int64_t stride = m->work.bytes[ESP_W_IDS] / (ESP_INTS_COUNT * 4);
+  return (int32_t *)m->work.buf[ESP_W_IDS] + which * stride;
+}
