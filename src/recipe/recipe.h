@@ -65,7 +65,8 @@ typedef struct esp_watchdog {
 typedef enum esp_after_kind { ESP_AFTER_MERGE, ESP_AFTER_EXPORT, ESP_AFTER_REPORT } esp_after_kind;
 typedef struct esp_after_step {
   esp_after_kind kind;
-  const char *out;    /* merge: the model directory; export: the adapter directory; report: html path */
+  const char *out;    /* merge: the model directory; export: the adapter directory; report: html path. Joined with
+                       * checkpoint.output_dir when relative */
   const char *dtype;  /* merge: NULL = as stored */
   int64_t verify;     /* merge: rows to compare, 0: none */
   const char *target; /* export: "vllm" or NULL */
@@ -119,11 +120,13 @@ typedef struct esp_recipe {
     const char *keep_best_metric; /* eval set name, or "loss"; NULL: off */
     bool keep_best_max;
   } checkpoint;
+  struct esp_origins *origins; /* where each value came from; private to this room */
 } esp_recipe;
 
 /* Parses, applies overrides ("optim.lr=1e-4", "tasks[1].train.epochs=2"), fills defaults, checks ranges and references.
  * All errors in one pass: the message has one line per error ("recipe.yaml:31:5: unknown key 'lora_rnak' in adapter
- * (did you mean 'rank'?)"), status ESP_ERR_RECIPE. Relative paths are relative to the recipe's folder. */
+ * (did you mean 'rank'?)"), status ESP_ERR_RECIPE; the message is cut behind the last line that fits, with a count.
+ * Relative paths of the file are relative to its folder, those of overrides to the working directory. */
 esp_status esp_recipe_load(const char *path, const char *const *overrides, int n_overrides, esp_recipe **out);
 esp_status esp_recipe_parse(const char *yaml, size_t n, const char *path, const char *const *overrides, int n_overrides,
                             esp_recipe **out);

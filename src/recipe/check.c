@@ -1,0 +1,154 @@
+/* check.c: rules between keys, once every value is in its place. */
+#include <stdio.h>
+#include <string.h>
+
+#include "recipe/bind.h"
+#include "text/template.h"
+
+/* The node of a value, for the place in a message; NULL when it is a default. */
+static const esp_node *node_at(const esp_node *map, const char *section, const char *key) {
+  const esp_node *s = section ? esp_node_get(map, section, NULL) : map;
+  const esp_node *n = s ? esp_node_get(s, key, NULL) : NULL;
+  return n ? n : s;
+}
+
+static const esp_node *item(const esp_node *root, const char *list, const char *inner, int i) {
+  const esp_node *l = esp_node_get(root, list, NULL);
+  if (inner) l = esp_node_get(l, inner, NULL);
+  return l && l->kind == ESP_NODE_LIST && i < l->n ? l->items[i] : NULL;
+}
+
+static void check_names(esp_binder *b, const esp_node *root) {
+  esp_recipe *r = b->recipe;
+  for (int i = 0; i < r->n_tasks; i++)
+    for (int j = 0; j < i; j++)
+      if (r->tasks[i].name && r->tasks[j].name && !strcmp(r->tasks[i].name, r->tasks[j].name)) {
+        esp_bind_error(b, node_at(item(root, "tasks", NULL, i), NULL, "name"),
+                       "tasks[%d].name: '%s' is already the name of tasks[%d]", i, r->tasks[i].name, j);
+        break;
+      }
+  for (int i = 0; i < r->eval.n_sets; i++)
+    for (int j = 0; j < i; j++)
+      if (r->eval.sets[i].name && r->eval.sets[j].name && !strcmp(r->eval.sets[i].name, r->eval.sets[j].name)) {
+        esp_bind_error(b, node_at(item(root, "eval", "sets", i), NULL, "name"),
+                       "eval.sets[%d].name: '%s' is already the name of eval.sets[%d]", i, r->eval.sets[i].name, j);
+        break;
+      }
+}
+
+static void check_template(esp_binder *b, const esp_node *at, const char *path, const char *name) {
+  int n;
+  const char *const *names = esp_template_names(&n);
+  char list[256] = "", hint[100];
+  if (!name || !strcmp(name, "auto")) return;
+  bool builtin = !strncmp(name, "builtin:", 8);
+  for (int i = 0; builtin && i < n; i++)
+    if (!strcmp(names[i], name + 8)) return;
+  size_t w = 0;
+  for (int i = 0; i < n && w < sizeof list; i++)
+    w += (size_t)snprintf(list + w, sizeof list - w, ", builtin:%s", names[i]);
+  esp_bind_error(b, at, "%s.chat_template: '%.40s' is not one of auto%s%s", path, name, list,
+                 esp_suggest(builtin ? name + 8 : name, names, n, hint, sizeof hint));
+}
+
+static void check_sections(esp_binder *b, const esp_node *map, const char *prefix, const esp_data_cfg *data,
+                           const esp_optim_cfg *optim, const esp_adapter_cfg *adapter) {
+  char path[64];
+  snprintf(path, sizeof path, "%sdata", prefix);
+  check_template(b, node_at(map, "data", "chat_template"), path, data->chat_template);
+  if (optim->nesterov && optim->momentum == 0)
+    esp_bind_error(b, node_at(map, "optim", "nesterov"), "%soptim.nesterov: needs momentum above 0", prefix);
+  if (adapter->layers_pattern && !adapter->n_layers)
+    esp_bind_error(b, node_at(map, "adapter", "layers_pattern"), "%sadapter.layers_pattern: needs adapter.layers",
+                   prefix);
+}
+
+/* Epochs and steps exclude each other; where only one comes from the nearer place (task before recipe, command line
+ * before file), that one counts. */
+static int nearness(const esp_recipe *r, const void *field) {
+  const esp_origin *o = esp_origin_get(r, field);
+  return !o ? 0 : o->override ? 2 : 1;
+}
+
+static void check_length(esp_binder *b, const esp_node *map, const char *prefix, esp_recipe_train *t) {
+  int epochs = nearness(b->recipe, &t->epochs), steps = nearness(b->recipe, &t->max_steps);
+  if (epochs && steps && epochs == steps && t->max_steps)
+    esp_bind_error(b, node_at(map, "train", "max_steps"),
+                   "%strain.max_steps: train.epochs is given as well, only one of them can hold", prefix);
+  else if (epochs > steps)
+    t->max_steps = 0;
+  if (t->max_steps) t->epochs = 1; /* of no effect: one canonical value for the hash */
+}
+
+static void check_keep_best(esp_binder *b, const esp_node *root) {
+  esp_recipe *r = b->recipe;
+  const char *metric = r->checkpoint.keep_best_metric;
+  if (!metric) return;
+  const esp_node *at = node_at(root, "checkpoint", "keep_best");
+  const esp_node *mode = at ? esp_node_get(at, "mode", NULL) : NULL;
+  const char *names[65] = {"loss"};
+  char hint[100];
+  int n = 1;
+  bool max = false, known = !strcmp(metric, "loss");
+  for (int i = 0; i < r->eval.n_sets; i++) {
+    if (!r->eval.sets[i].name) continue;
+    if (n < 65) names[n++] = r->eval.sets[i].name;
+    if (strcmp(metric, r->eval.sets[i].name)) continue;
+    known = true;
+    max = r->eval.sets[i].metric != ESP_METRIC_PERPLEXITY;
+  }
+  if (!known) {
+    const esp_node *m = at ? esp_node_get(at, "metric", NULL) : NULL;
+    esp_bind_error(b, m ? m : at, "checkpoint.keep_best.metric: '%.40s' is neither loss nor an evaluation set%s",
+                   metric, esp_suggest(metric, names, n, hint, sizeof hint));
+  }
+  if (!mode || esp_node_is_null(mode)) r->checkpoint.keep_best_max = max;
+}
+
+/* What is made after the run lives in the run's folder, unless it says otherwise. */
+static void place_outputs(esp_binder *b) {
+  esp_recipe *r = b->recipe;
+  for (int i = 0; i < r->n_after; i++) {
+    const char *out = r->after[i].out;
+    if (!out || out[0] == '/') continue;
+    r->after[i].out = esp_arena_printf(b->arena, "%s/%s", r->checkpoint.output_dir, out);
+    if (!r->after[i].out) b->oom = true;
+  }
+}
+
+void esp_check_recipe(esp_binder *b, const esp_node *root) {
+  esp_recipe *r = b->recipe;
+  check_names(b, root);
+  check_keep_best(b, root);
+  check_sections(b, root, "", &r->data, &r->optim, &r->adapter);
+  check_length(b, root, "", &r->train);
+  for (int i = 0; i < r->n_tasks; i++) {
+    esp_recipe_task *t = &r->tasks[i];
+    const esp_node *node = item(root, "tasks", NULL, i);
+    char prefix[32];
+    snprintf(prefix, sizeof prefix, "tasks[%d].", i);
+    bool own_epochs = nearness(r, &t->train.epochs), own_steps = nearness(r, &t->train.max_steps);
+    if (own_epochs || own_steps)
+      check_length(b, node, prefix, &t->train);
+    else
+      t->train.max_steps = r->train.max_steps, t->train.epochs = r->train.epochs;
+    bool again = node && (esp_node_get(node, "data", NULL) || esp_node_get(node, "optim", NULL) ||
+                          esp_node_get(node, "adapter", NULL));
+    /* A fault of the recipe's own section was said above: say only what the task brought in. */
+    esp_data_cfg data = t->data_cfg;
+    if (data.chat_template == r->data.chat_template) data.chat_template = NULL;
+    esp_optim_cfg optim = t->optim;
+    if (r->optim.nesterov && r->optim.momentum == 0) optim.nesterov = false;
+    esp_adapter_cfg adapter = t->adapter;
+    if (adapter.layers_pattern == r->adapter.layers_pattern && !r->adapter.n_layers) adapter.layers_pattern = NULL;
+    if (again) check_sections(b, node, prefix, &data, &optim, &adapter);
+    t->adapter.seed = r->seed;
+  }
+  r->adapter.seed = r->seed;
+  if (!r->model.tokenizer) r->model.tokenizer = r->model.base_model;
+  if (!r->checkpoint.output_dir) {
+    r->checkpoint.output_dir = esp_arena_printf(b->arena, "runs/%s", r->name);
+    if (!r->checkpoint.output_dir) b->oom = true;
+  }
+  place_outputs(b);
+}
