@@ -1,7 +1,7 @@
 /* safetensors.h: reading (mmap) and writing (atomic) safetensors files and sharded sets.
  * Format: 8-byte little-endian header length, JSON header, data. Every rule is checked: header size <= 100 MB and
- * inside the file, starts with '{', no duplicate keys, known dtypes, offsets in bounds, no overlap, no holes,
- * begin<=end, shape x dtype == extent (overflow-safe), __metadata__ is string -> string. */
+ * inside the file, starts with '{' (white space may precede it), no duplicate keys, known dtypes, offsets in bounds, no
+ * overlap, no holes, begin<=end, shape x dtype == extent (overflow-safe), __metadata__ is string -> string. */
 #ifndef ESP_IO_SAFETENSORS_H
 #define ESP_IO_SAFETENSORS_H
 
@@ -29,8 +29,9 @@ esp_status esp_st_open(const char *path, esp_st **out);
 void esp_st_close(esp_st *s);
 int esp_st_count(const esp_st *s);
 const esp_st_entry *esp_st_at(const esp_st *s, int i);
-const esp_st_entry *esp_st_find(const esp_st *s, const char *name); /* NULL */
-const char *esp_st_metadata(const esp_st *s, const char *key);      /* NULL */
+/* NULL when absent. A name that __metadata__ maps to a stored tensor (a tied weight saved once) finds that tensor. */
+const esp_st_entry *esp_st_find(const esp_st *s, const char *name);
+const char *esp_st_metadata(const esp_st *s, const char *key); /* NULL */
 int esp_st_shards(const esp_st *s, const char *const **paths);
 /* Parses a header held in memory (fuzzing): data_bytes is what follows it. */
 esp_status esp_st_parse(const void *bytes, size_t n, const char *path, esp_st **out);
