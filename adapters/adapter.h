@@ -46,6 +46,8 @@ typedef struct esp_adapter_kind {
   const char *summary;   /* one line: what it is for, formula, paper */
   unsigned site_kinds;   /* bit set of 1 << esp_site_kind it can attach to */
   bool mergeable;
+  bool targets;    /* reads target, exclude, layers; false: `full` and `none` */
+  bool whole_base; /* every weight of the base is a trained parameter (`full`) */
 
   /* Declares the parameters of one group: called once per group that has targeted sites, in model order, so that a
    * kind may place parameters of neighbouring sites back to back (stacked products). `hit[i]`: site i is targeted. */
@@ -64,6 +66,11 @@ typedef struct esp_adapter_kind {
   void (*input_bwd)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor dx, void **slot);
   void (*embed)(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot);
   void (*embed_bwd)(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy, void **slot);
+
+  /* Optional. wants_output: false where `output` has nothing to do for this configuration (a recomputed block then
+   * skips the base product). destroy: what the arena does not own. */
+  bool (*wants_output)(const esp_adapter *a);
+  void (*destroy)(esp_adapter *a);
 
   /* Optional: called around optimizer steps. */
   void (*after_step)(esp_adapter *a, int64_t step, int64_t total);
@@ -107,10 +114,10 @@ void esp_adapter_destroy(esp_adapter *a);
 /* The ordered list of adapters that are active on the model: their hooks are installed. n == 0: base mode. */
 esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n);
 
-/* What the adapter makes of a site, for merge, export and `--verify`; covers the kind's own change, fully trained copies
- * (modules_to_save, bias, `full`) and replaced embedding rows (the tied head reads the same rows). Rows are those of the
- * effective weight as the product sees it: LINEAR [out, in], EMBED [vocab, dim] (site->in rows), NORM [1, dim]. In: the
- * base's rows, fp32. Out: the effective rows. */
+/* What the adapter makes of a site, for merge, export and `--verify`; covers the kind's own change, fully trained
+ * copies (modules_to_save, bias, `full`) and replaced embedding rows (the tied head reads the same rows). Rows are
+ * those of the effective weight as the product sees it: LINEAR [out, in], EMBED [vocab, dim] (site->in rows), NORM [1,
+ * dim]. In: the base's rows, fp32. Out: the effective rows. */
 bool esp_adapter_changes(const esp_adapter *a, const esp_site *s);
 esp_status esp_adapter_effective_rows(esp_adapter *a, esp_site *s, int64_t r0, int64_t n, float *w);
 bool esp_adapter_changes_bias(const esp_adapter *a, const esp_site *s);

@@ -1,0 +1,226 @@
+/* attach.c: the model's hooks over the ordered list of active adapters. Forward runs them in order, backward in
+ * reverse; linear changes add up, so several adapters are the weighted sum of each. Also the life and the effective
+ * weights of an adapter: everything that is the same for every kind. */
+#include <string.h>
+
+#include "adapters/internal.h"
+
+/* Above this many active adapters the tails of a group may not fit in the model's list: they are then added in
+ * `output`. */
+enum { MANY = 8 };
+
+/* One per model with active adapters, found again through its hooks. Slots are per adapter: one forward and backward
+ * is in flight at a time, and a recomputed block writes them anew. */
+typedef struct active_set {
+  esp_adapter_hooks hooks;
+  int n, n_groups, n_sites;
+  void **group_slots, **site_slots; /* [index * n + k] */
+  esp_adapter *list[];
+} active_set;
+
+static void **gslot(active_set *c, const esp_group *g, int k) {
+  return &c->group_slots[g->index * c->n + k];
+}
+
+static void **sslot(active_set *c, const esp_site *s, int k) {
+  return &c->site_slots[s->index * c->n + k];
+}
+
+static void on_input(void *ctx, esp_run *run, esp_group *g, esp_tensor *x, void **slot) {
+  active_set *c = ctx;
+  for (int k = 0; k < c->n; k++)
+    if (c->list[k]->kind->input) c->list[k]->kind->input(c->list[k], run, g, x, gslot(c, g, k));
+}
+
+static int on_tails(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot) {
+  active_set *c = ctx;
+  int n = 0;
+  for (int k = 0; k < c->n; k++) {
+    esp_adapter *a = c->list[k];
+    n += esp_train_modules_tails(a, run, g, x, tails + n, max - n);
+    if (a->kind->tails) n += a->kind->tails(a, run, g, x, tails + n, max - n, gslot(c, g, k));
+  }
+  return n;
+}
+
+static void on_output(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot) {
+  active_set *c = ctx;
+  for (int k = 0; k < c->n; k++)
+    if (c->list[k]->kind->output) c->list[k]->kind->output(c->list[k], run, g, x, y, gslot(c, g, k));
+}
+
+static void on_output_bwd(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, void **slot) {
+  active_set *c = ctx;
+  for (int k = c->n - 1; k >= 0; k--)
+    if (c->list[k]->kind->output_bwd) c->list[k]->kind->output_bwd(c->list[k], run, g, x, dy, gslot(c, g, k));
+}
+
+static int on_tails_bwd(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails, int max,
+                        void **slot) {
+  active_set *c = ctx;
+  int n = 0;
+  for (int k = c->n - 1; k >= 0; k--) {
+    esp_adapter *a = c->list[k];
+    if (a->kind->tails_bwd) n += a->kind->tails_bwd(a, run, g, x, dy, tails + n, max - n, gslot(c, g, k));
+    n += esp_train_modules_tails_bwd(a, run, g, x, dy, tails + n, max - n);
+    if (a->trainable) a->backwards++;
+  }
+  return n;
+}
+
+static void on_input_bwd(void *ctx, esp_run *run, esp_group *g, esp_tensor dx, void **slot) {
+  active_set *c = ctx;
+  for (int k = c->n - 1; k >= 0; k--)
+    if (c->list[k]->kind->input_bwd) c->list[k]->kind->input_bwd(c->list[k], run, g, dx, gslot(c, g, k));
+}
+
+static void on_embed(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot) {
+  active_set *c = ctx;
+  for (int k = 0; k < c->n; k++) {
+    esp_train_modules_embed(c->list[k], run, s, ids, y);
+    if (c->list[k]->kind->embed) c->list[k]->kind->embed(c->list[k], run, s, ids, y, sslot(c, s, k));
+  }
+}
+
+static void on_embed_bwd(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy, void **slot) {
+  active_set *c = ctx;
+  for (int k = c->n - 1; k >= 0; k--) {
+    if (c->list[k]->kind->embed_bwd) c->list[k]->kind->embed_bwd(c->list[k], run, s, ids, dy, sslot(c, s, k));
+    esp_train_modules_embed_bwd(c->list[k], run, s, ids, dy);
+    if (c->list[k]->trainable) c->list[k]->backwards++;
+  }
+}
+
+static active_set *current(esp_model *m) {
+  const esp_adapter_hooks *h = esp_model_hooks(m);
+  return h && h->tails == on_tails ? h->ctx : NULL;
+}
+
+static void drop(active_set *c) {
+  if (!c) return;
+  esp_mem_free(c->group_slots);
+  esp_mem_free(c->site_slots);
+  esp_mem_free(c);
+}
+
+/* Only the hooks that some active adapter needs: the model saves work where one is absent. */
+static esp_adapter_hooks hooks_of(active_set *c) {
+  esp_adapter_hooks h = {
+      .ctx = c, .tails = on_tails, .tails_bwd = on_tails_bwd, .embed = on_embed, .embed_bwd = on_embed_bwd};
+  for (int k = 0; k < c->n; k++) {
+    const esp_adapter_kind *kind = c->list[k]->kind;
+    if (kind->input) h.input = on_input;
+    if (kind->output && (c->n > MANY || !kind->wants_output || kind->wants_output(c->list[k]))) h.output = on_output;
+    if (kind->output_bwd) h.output_bwd = on_output_bwd;
+    if (kind->input_bwd) h.input_bwd = on_input_bwd;
+  }
+  return h;
+}
+
+static esp_status install(esp_model *m, esp_adapter **list, int n) {
+  active_set *old = current(m), *c = NULL;
+  if (n > 0) {
+    esp_group **groups;
+    esp_site **sites;
+    int n_groups = esp_model_groups(m, &groups), n_sites = esp_model_sites(m, &sites);
+    c = esp_mem_alloc(ESP_MEM_HOST, sizeof *c + (size_t)n * sizeof *list);
+    if (!c) return ESP_ERR_MEMORY;
+    c->n = n;
+    c->group_slots = esp_mem_alloc(ESP_MEM_HOST, (size_t)(n_groups * n + 1) * sizeof(void *));
+    c->site_slots = esp_mem_alloc(ESP_MEM_HOST, (size_t)(n_sites * n + 1) * sizeof(void *));
+    if (!c->group_slots || !c->site_slots) {
+      drop(c);
+      return ESP_ERR_MEMORY;
+    }
+    memcpy(c->list, list, (size_t)n * sizeof *list);
+    c->hooks = hooks_of(c);
+  }
+  esp_model_set_hooks(m, c ? &c->hooks : NULL);
+  drop(old);
+  return ESP_OK;
+}
+
+esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n) {
+  for (int i = 0; i < n; i++) {
+    if (list[i]->model != m) return esp_fail(ESP_ERR_INTERNAL, "adapter '%s' belongs to another model", list[i]->name);
+    for (int k = 0; k < i; k++)
+      if (list[k] == list[i]) return esp_fail(ESP_ERR_RECIPE, "adapter '%s' is named twice", list[i]->name);
+  }
+  ESP_TRY(install(m, list, n));
+  /* The frozen copy of a module that is trained in full was never packed: without its adapter it is not the base. */
+  esp_site **sites;
+  int n_sites = esp_model_sites(m, &sites);
+  for (int i = 0; i < n_sites; i++) {
+    bool owned = !sites[i]->trained;
+    for (int k = 0; k < n && !owned; k++) owned = list[k]->params == sites[i]->trained;
+    if (!owned)
+      return esp_fail(ESP_ERR_RECIPE,
+                      "%s is trained in full by an adapter that is not active: open the base again for base mode",
+                      sites[i]->path);
+  }
+  return ESP_OK;
+}
+
+void esp_adapter_destroy(esp_adapter *a) {
+  if (!a) return;
+  active_set *c = a->model ? current(a->model) : NULL;
+  if (c) {
+    int n = 0;
+    for (int k = 0; k < c->n; k++)
+      if (c->list[k] != a) c->list[n++] = c->list[k];
+    if (n < c->n && (n == 0 || install(a->model, c->list, n) != ESP_OK)) install(a->model, NULL, 0);
+  }
+  esp_train_modules_destroy(a);
+  if (a->kind->destroy && a->site_state) a->kind->destroy(a);
+  esp_params_destroy(a->params);
+  esp_arena_destroy(a->arena);
+}
+
+/* ---- effective weights ---- */
+
+static bool token_site(const esp_adapter *a, const esp_site *s) {
+  return a->modules && a->modules->tokens >= 0 && (s == a->modules->embed || s == a->modules->head);
+}
+
+bool esp_adapter_changes(const esp_adapter *a, const esp_site *s) {
+  return a->targeted[s->index] || a->modules->weight[s->index] >= 0 || token_site(a, s);
+}
+
+esp_status esp_adapter_effective_rows(esp_adapter *a, esp_site *s, int64_t r0, int64_t n, float *w) {
+  int64_t width = s->kind == ESP_SITE_LINEAR ? s->in : s->out;
+  int copy = a->modules->weight[s->index];
+  if (copy >= 0) {
+    float *all = esp_mem_alloc(ESP_MEM_HOST, (size_t)a->params->list[copy].numel * sizeof *all);
+    if (!all) return ESP_ERR_MEMORY;
+    esp_params_get(a->params, copy, all);
+    memcpy(w, all + r0 * width, (size_t)(n * width) * sizeof *w);
+    esp_mem_free(all);
+  }
+  if (token_site(a, s)) {
+    float *rows = esp_mem_alloc(ESP_MEM_HOST, (size_t)(a->modules->n_tokens * width) * sizeof *rows);
+    if (!rows) return ESP_ERR_MEMORY;
+    esp_params_get(a->params, a->modules->tokens, rows);
+    for (int i = 0; i < a->modules->n_tokens; i++) {
+      int64_t row = a->cfg.trainable_tokens[i] - r0;
+      if (row >= 0 && row < n) memcpy(w + row * width, rows + i * width, (size_t)width * sizeof *w);
+    }
+    esp_mem_free(rows);
+  }
+  return a->targeted[s->index] ? a->kind->materialise(a, s, r0, n, w) : ESP_OK;
+}
+
+bool esp_adapter_changes_bias(const esp_adapter *a, const esp_site *s) {
+  const esp_lora_site *ls = a->kind->materialise_bias && a->targeted[s->index] ? a->site_state[s->index] : NULL;
+  return a->modules->bias[s->index] >= 0 || (ls && a->cfg.lora_bias);
+}
+
+esp_status esp_adapter_effective_bias(esp_adapter *a, esp_site *s, float *bias) {
+  if (a->modules->bias[s->index] >= 0) esp_params_get(a->params, a->modules->bias[s->index], bias);
+  if (a->kind->materialise_bias && a->targeted[s->index]) return a->kind->materialise_bias(a, s, bias);
+  return ESP_OK;
+}
+
+int64_t esp_adapter_rank(const esp_adapter *a, const esp_site *s) {
+  if (!a->kind->low_rank || !a->targeted[s->index]) return 0;
+  return ((const esp_lora_site *)a->site_state[s->index])->r;
+}

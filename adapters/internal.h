@@ -1,0 +1,75 @@
+/* internal.h: what the files of this room share. Not a contract for other rooms. */
+#ifndef ESP_ADAPTERS_INTERNAL_H
+#define ESP_ADAPTERS_INTERNAL_H
+
+#include "adapters/adapter.h"
+#include "core/arena.h"
+
+#define ESP_PEFT_PREFIX "base_model.model."
+
+/* registry.c */
+extern const esp_adapter_kind esp_kind_lora, esp_kind_full, esp_kind_none;
+
+/* target.c: regular expressions with Python's meaning. A pattern that does not compile never matches: it is refused
+ * earlier by esp_regex_check. */
+esp_status esp_regex_check(const char *key, const char *pattern);
+bool esp_regex_full(const char *pattern, const char *text);
+/* re.match; group (optional) receives the text of capture group 1. */
+bool esp_regex_match(const char *pattern, const char *text, char *group, size_t group_size);
+bool esp_target_is_all_linear(const esp_adapter_cfg *cfg);
+bool esp_in_modules_to_save(const esp_adapter_cfg *cfg, const char *path);
+double esp_pattern_value(const esp_pattern *list, int n, const char *path, double fallback);
+esp_status esp_target_check(const esp_adapter_cfg *cfg);
+/* Fills a->targeted. strict: every listed name must match a site (recipes; files of other versions may name more). */
+esp_status esp_target_resolve(esp_adapter *a, bool strict);
+
+/* create.c. loading: parameters are filled from a file afterwards, so only an init that rewrites the base runs. */
+esp_status esp_adapter_build(esp_model *m, const esp_adapter_cfg *cfg, const char *name, bool trainable, bool loading,
+                             esp_adapter **out);
+esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter_cfg *out);
+
+/* train_modules.c: what is trained beside the kind's own parameters, the same for every kind. */
+typedef struct esp_train_modules {
+  int *weight, *bias;    /* per site: parameter index of the full copy, -1: frozen */
+  bool *file_transposed; /* per parameter: the file holds the transpose (Conv1D, embedding LoRA) */
+  int file_cap;
+  bool any_site; /* a site is trained in full: there is no base mode */
+  /* replaced rows of the input embedding (and of the tied head) */
+  esp_site *embed, *head;
+  int tokens; /* parameter [n, dim]; -1: none */
+  int n_tokens;
+  int32_t *order;   /* positions in cfg.trainable_tokens sorted by token id */
+  float *base_rows; /* backend memory [n, dim]: what the frozen tied head uses for these rows */
+  void *select;     /* backend memory [vocab, n], compute type: one-hot columns, tied head only */
+} esp_train_modules;
+esp_status esp_train_modules_create(esp_adapter *a);
+esp_status esp_train_modules_declare(esp_adapter *a);
+esp_status esp_train_modules_init(esp_adapter *a, bool loading);
+void esp_train_modules_destroy(esp_adapter *a);
+void esp_train_modules_embed(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y);
+void esp_train_modules_embed_bwd(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy);
+int esp_train_modules_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max);
+int esp_train_modules_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy,
+                                esp_tail *tails, int max);
+/* Remembers that the file holds parameter `index` transposed. */
+esp_status esp_mark_transposed(esp_adapter *a, int index);
+
+/* lora.c */
+typedef struct esp_lora_site {
+  int64_t r;
+  float s; /* alpha/r or alpha/sqrt(r) */
+  int a, b, bias;
+  int64_t t0;     /* first column in the group's T */
+  float *A0, *B0; /* the values at the start, kept where the base was rewritten: host, else NULL */
+} esp_lora_site;
+esp_status esp_lora_init(esp_adapter *a, esp_site *s);
+bool esp_lora_rewrites_base(const char *init);
+bool esp_lora_init_known(const char *init);
+/* Materialised change of a linear site: w[n, in] += scale * B[r0 .. r0+n, :] A. */
+void esp_lowrank_add(float *w, int64_t n, int64_t in, const float *A, const float *B, int64_t r, float scale);
+
+/* peft_save.c / peft_load.c */
+float *esp_param_host(const esp_adapter *a, int index); /* host copy in the file's layout; esp_mem_free */
+void esp_param_file_shape(const esp_adapter *a, int index, int *ndim, int64_t shape[ESP_MAX_DIMS]);
+
+#endif
