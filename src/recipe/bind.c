@@ -61,7 +61,7 @@ esp_status esp_bind_finish(esp_binder *b) {
   if (b->oom) return esp_fail_oom("recipe", 0);
   if (!b->n_issues) return ESP_OK;
   qsort(b->issues, (size_t)b->n_issues, sizeof *b->issues, compare_issues);
-  char text[1900];
+  char text[16000];
   size_t used = 0;
   long shown = 0;
   for (int i = 0; i < b->n_issues; i++) {
@@ -156,9 +156,11 @@ static void unknown_key(esp_binder *b, const esp_object *o, const esp_node *key,
       p += w + (p[w] == ' ');
     }
   const char *near = strlen(word) > 64 ? NULL : esp_closest(word, names, n);
-  if (near) /* name the key itself, not the spelling of another trainer */
-    snprintf(hint, sizeof hint, " (did you mean '%s'?)", esp_schema_find(o, near)->name);
-  else if (o != &esp_schema_root && esp_schema_find(&esp_schema_root, word))
+  if (near) { /* lora_rank is accepted, rank says it here: else name the key itself, not another trainer's spelling */
+    const char *bare = strncmp(near, "lora_", 5) ? NULL : near + 5;
+    bool known = bare && esp_schema_find(o, bare) == esp_schema_find(o, near);
+    snprintf(hint, sizeof hint, " (did you mean '%s'?)", known ? bare : esp_schema_find(o, near)->name);
+  } else if (o != &esp_schema_root && esp_schema_find(&esp_schema_root, word))
     snprintf(hint, sizeof hint, " (it stands at the top of a recipe)");
   else if ((home = home_of(word, &found)) != NULL)
     snprintf(hint, sizeof hint, " (did you mean '%s.%s'?)", home, found->name);
