@@ -9,6 +9,9 @@
 #include "backend/cpu/gemm_impl.h"
 #include "backend/cpu/gemm_tiles.h"
 
+/* Contraction elements of a stripe that stay in the first-level cache: 32 rows x 640 x 2 bytes = 40 KiB of 48. */
+enum { RUN = 640 };
+
 typedef struct tile_config {
   uint8_t palette, start_row, reserved[14];
   uint16_t colsb[16];
@@ -16,6 +19,10 @@ typedef struct tile_config {
 } tile_config;
 
 #define TILE_LOAD(tile, p, stride) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(p), "r"(stride) : "memory")
+/* The same with the hint that the data will not be wanted again soon: b streams past the stripe of a, which stays in
+ * the first-level cache (2.0 instead of 1.5 TFLOP/s at a contraction of 576). */
+#define TILE_STREAM(tile, p, stride)                                                                                   \
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile ::"r"(p), "r"(stride) : "memory")
 #define TILE_STORE(tile, p, stride)                                                                                    \
   __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(p), "r"(stride) : "memory")
 #define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
@@ -65,13 +72,11 @@ static inline __attribute__((always_inline)) void multiply(const seg *segs, int 
     const char *a0 = segs[s].a0, *a1 = segs[s].a1, *b = segs[s].b;
     int64_t stride = segs[s].a_stride, step = segs[s].a_step, steps = segs[s].steps;
     for (; steps > 0; steps--) {
-      TILE_LOAD(6, b, tile_row);
+      TILE_STREAM(6, b, tile_row);
+      if (right) TILE_STREAM(7, b + 1024, tile_row);
       TILE_LOAD(4, a0, stride);
       TILE_DOT(0, 4, 6);
-      if (right) {
-        TILE_LOAD(7, b + 1024, tile_row);
-        TILE_DOT(1, 4, 7);
-      }
+      if (right) TILE_DOT(1, 4, 7);
       if (lower) {
         TILE_LOAD(5, a1, stride);
         TILE_DOT(2, 5, 6);
@@ -106,7 +111,7 @@ esp_gsizes esp_gemm_amx_sizes(const esp_gjob *j) {
   if (j->a.kind == ESP_GOPER_COLS) z.a = (size_t)j->mb / 32 * blocks * ESP_GEMM_BLOCK;
   if (j->b.kind != ESP_GOPER_VNNI) z.b = panels * blocks * ESP_GEMM_BLOCK;
   for (int i = 0; i < j->n_tails; i++) z.t += panels * (size_t)esp_ceil_div(j->tails[i].k, 32) * ESP_GEMM_BLOCK;
-  if (j->kc > j->kb) z.c = (size_t)(j->mb * j->nb) * 4;
+  z.c = (size_t)((j->kc > j->kb ? j->mb : 32) * j->nb) * 4;
   z.pad = (size_t)(1 + j->n_tails) * ESP_GEMM_BLOCK;
   return z;
 }
@@ -171,10 +176,74 @@ static int b_segments(seg *segs, const seg *a, int n, const char *b) {
   return n;
 }
 
-typedef struct stripe_view { /* the a side of one stripe: the product itself, then each tail */
-  seg a[2 * (1 + ESP_GEMM_MAX_TAILS)];
-  int count[1 + ESP_GEMM_MAX_TAILS];
-} stripe_view;
+typedef struct stripe {
+  const esp_gjob *j;
+  int64_t m, rows, n0, n1, kc;
+  bool first, last, parts; /* of the contraction; parts: sums end in j->partial */
+  float *keep;             /* sums between runs of the contraction, column n0 first */
+  int64_t ld_keep;
+} stripe;
+
+/* Brings a piece of the next stripe into the second-level cache: the hardware does not foresee 32 rows at once. */
+static void prefetch_rows(const esp_goper *o, int64_t m, int64_t m_end, int64_t k0, int64_t nk) {
+  for (int64_t r = m; r < m_end; r++) {
+    const char *p = (const char *)o->data + (r * o->ld + k0) * 2;
+    for (int64_t i = 0; i < nk * 2; i += 64) __builtin_prefetch(p + i, 0, 2);
+  }
+}
+
+/* 32 rows against the columns of a block, over contraction [k0, k0+nk). The rows are taken in runs that fit the
+ * first-level cache beside what streams past; between runs the sums rest in `keep`. */
+static void run_stripe(const stripe *st, const char *own_a, int64_t k0, int64_t nk, const char *b, int64_t b_panel,
+                       char *const *tail_b, char *pad) {
+  const esp_gjob *j = st->j;
+  int64_t runs = esp_max64(1, esp_ceil_div(nk, RUN)), run = 32 * esp_ceil_div(nk, 32 * runs);
+  int64_t panels = esp_ceil_div(st->n1 - st->n0, 32), per_panel = esp_ceil_div(32, panels);
+  for (int64_t at = 0, r = 0; r < runs; r++, at += run) {
+    int64_t len = esp_min64(run, nk - at);
+    bool last = st->last && r == runs - 1;
+    seg a[2 * (1 + ESP_GEMM_MAX_TAILS)];
+    int count[1 + ESP_GEMM_MAX_TAILS] = {0}, end;
+    if (own_a) {
+      const char *p = own_a + at / 32 * ESP_GEMM_BLOCK;
+      a[0] = (seg){p, p + 1024, 64, ESP_GEMM_BLOCK, NULL, esp_ceil_div(len, 32)};
+      count[0] = 1;
+    } else {
+      count[0] = a_segments(a, &j->a, st->m, st->rows, k0 + at, len, pad);
+    }
+    end = count[0];
+    for (int i = 0; tail_b && last && i < j->n_tails; i++) {
+      const esp_gtail *t = &j->tails[i];
+      count[1 + i] = a_segments(a + end, &t->a, st->m, st->rows, 0, t->k, pad + (1 + i) * ESP_GEMM_BLOCK);
+      end += count[1 + i];
+    }
+    for (int64_t n = st->n0, pan = 0; n < st->n1; n += 32, pan++) {
+      int64_t cols = esp_min64(32, st->n1 - n), next = st->m + 32 + pan * per_panel;
+      seg segs[2 * (1 + ESP_GEMM_MAX_TAILS)];
+      int n_segs = b_segments(segs, a, count[0], b + pan * b_panel + at / 32 * ESP_GEMM_BLOCK);
+      end = count[0];
+      for (int i = 0; tail_b && last && i < j->n_tails; i++) {
+        const esp_gtail *t = &j->tails[i];
+        if (t->n0 < n + cols && n < t->n1)
+          n_segs += b_segments(segs + n_segs, a + end, count[1 + i],
+                               tail_b[i] + pan * esp_ceil_div(t->k, 32) * ESP_GEMM_BLOCK);
+        end += count[1 + i];
+      }
+      if (!own_a && r == 0)
+        prefetch_rows(&j->a, next, esp_min64(next + per_panel, esp_min64(st->m + 64, j->m)), k0, nk);
+      float done[32 * 32] __attribute__((aligned(64)));
+      float *keep = st->keep + (n - st->n0);
+      bool begin = st->first && r == 0, store = last && !st->parts;
+      multiply_any(segs, n_segs, begin ? NULL : keep, st->ld_keep, store ? done : keep, store ? 32 : st->ld_keep,
+                   st->rows > 16, cols > 16);
+      if (!store) continue;
+      if (j->c_trans)
+        esp_gemm_epilogue(j, st->m, n, st->rows, cols, done, 32);
+      else
+        esp_gemm_epilogue_avx512(j, st->m, n, st->rows, cols, done, 32);
+    }
+  }
+}
 
 void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t mb, int64_t nb) {
   int64_t m0 = mb * j->mb, m1 = esp_min64(m0 + j->mb, j->m), n0 = nb * j->nb, n1 = esp_min64(n0 + j->nb, j->n);
@@ -211,49 +280,16 @@ void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t 
     for (int64_t m = m0; m < m1; m += 32) {
       int64_t rows = esp_min64(32, m1 - m);
       if (rows != configured) configure(configured = rows);
-      stripe_view v;
-      if (own_a) {
-        const char *a = s->a + (m - m0) / 32 * blocks * ESP_GEMM_BLOCK;
-        v.a[0] = (seg){a, a + 1024, 64, ESP_GEMM_BLOCK, NULL, blocks};
-        v.count[0] = 1;
+      stripe st = {j, m, rows, n0, n1, kc, first, last, parts, NULL, 0};
+      if (parts) {
+        st.ld_keep = npad;
+        st.keep = j->partial + (kc * j->m + m) * npad + n0;
       } else {
-        v.count[0] = a_segments(v.a, &j->a, m, rows, k0, nk, s->pad);
+        st.ld_keep = j->nb;
+        st.keep = (float *)s->c + (j->kb < j->kc ? (m - m0) * j->nb : 0);
       }
-      int at = v.count[0];
-      for (int i = 0; tails && last && i < j->n_tails; i++) {
-        v.count[1 + i] =
-            a_segments(v.a + at, &j->tails[i].a, m, rows, 0, j->tails[i].k, s->pad + (1 + i) * ESP_GEMM_BLOCK);
-        at += v.count[1 + i];
-      }
-      for (int64_t n = n0; n < n1; n += 32) {
-        int64_t cols = esp_min64(32, n1 - n);
-        seg segs[2 * (1 + ESP_GEMM_MAX_TAILS)];
-        int count = b_segments(segs, v.a, v.count[0], b + (n - n0) / 32 * b_panel);
-        at = v.count[0];
-        for (int i = 0; tails && last && i < j->n_tails; i++) {
-          const esp_gtail *t = &j->tails[i];
-          if (t->n0 < n + cols && n < t->n1)
-            count += b_segments(segs + count, v.a + at, v.count[1 + i],
-                                tail_b[i] + (n - n0) / 32 * esp_ceil_div(t->k, 32) * ESP_GEMM_BLOCK);
-          at += v.count[1 + i];
-        }
-        float done[32 * 32] __attribute__((aligned(64)));
-        float *keep = NULL;
-        int64_t ld = j->nb;
-        if (parts) {
-          ld = npad;
-          keep = j->partial + (kc * j->m + m) * npad + n;
-        } else if (!first || !last) {
-          keep = (float *)s->c + (m - m0) * ld + (n - n0);
-        }
-        bool store = last && !parts;
-        multiply_any(segs, count, first ? NULL : keep, ld, store ? done : keep, store ? 32 : ld, rows > 16, cols > 16);
-        if (!store) continue;
-        if (j->c_trans)
-          esp_gemm_epilogue(j, m, n, rows, cols, done, 32);
-        else
-          esp_gemm_epilogue_avx512(j, m, n, rows, cols, done, 32);
-      }
+      const char *a = own_a ? s->a + (m - m0) / 32 * blocks * ESP_GEMM_BLOCK : NULL;
+      run_stripe(&st, a, k0, nk, b, b_panel, tails && last ? tail_b : NULL, s->pad);
     }
     k0 += esp_max64(nk, 1);
   } while (k0 < kend);

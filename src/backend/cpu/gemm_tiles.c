@@ -5,7 +5,7 @@
 
 #include "backend/cpu/gemm_impl.h"
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 /* 16 x 16 transpose of 32-bit elements in registers. */
 static inline __attribute__((always_inline)) TARGET void transpose16(__m512i r[16]) {
@@ -125,18 +125,39 @@ TARGET static inline __m512 load16(const void *p, esp_dtype t, int64_t i, __mmas
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 
-/* Round to nearest even; a NaN keeps its sign and becomes quiet. Same result as esp_f32_to_bf16, denormals included. */
-TARGET static inline __m256i to_bf16(__m512 v) {
-  __m512i u = _mm512_castps_si512(v);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
-  return _mm512_cvtepi32_epi16(r);
+/* Whole panels to bf16, the case of nearly every product. */
+TARGET static void epilogue_panel(const esp_gjob *j, uint16_t *c, int64_t n0, int64_t rows, const float *sum,
+                                  int64_t lds) {
+  __m512 b0 = _mm512_setzero_ps(), b1 = b0;
+  if (j->bias) {
+    b0 = load16(j->bias, j->bias_type, n0, 0xffff);
+    b1 = load16(j->bias, j->bias_type, n0 + 16, 0xffff);
+  }
+  if (!j->bias && j->beta == 0) {
+    for (int64_t r = 0; r < rows; r++)
+      _mm512_storeu_si512(c + r * j->ldc, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sum + r * lds + 16),
+                                                                       _mm512_load_ps(sum + r * lds)));
+    return;
+  }
+  __m512 beta = _mm512_set1_ps(j->beta);
+  for (int64_t r = 0; r < rows; r++) {
+    uint16_t *p = c + r * j->ldc;
+    __m512 v0 = _mm512_add_ps(_mm512_load_ps(sum + r * lds), b0);
+    __m512 v1 = _mm512_add_ps(_mm512_load_ps(sum + r * lds + 16), b1);
+    if (j->beta != 0) {
+      v0 = _mm512_add_ps(v0, _mm512_mul_ps(beta, load16(p, ESP_BF16, 0, 0xffff)));
+      v1 = _mm512_add_ps(v1, _mm512_mul_ps(beta, load16(p, ESP_BF16, 16, 0xffff)));
+    }
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(v1, v0));
+  }
 }
 
 TARGET void esp_gemm_epilogue_avx512(const esp_gjob *j, int64_t m0, int64_t n0, int64_t rows, int64_t cols,
                                      const float *sum, int64_t lds) {
+  if (cols == 32 && lds == 32 && j->c_type == ESP_BF16 && j->alpha == 1) {
+    epilogue_panel(j, (uint16_t *)j->c + m0 * j->ldc + n0, n0, rows, sum, lds);
+    return;
+  }
   bool scale = j->alpha != 1, beta = j->beta != 0;
   __m512 alpha = _mm512_set1_ps(j->alpha), vbeta = _mm512_set1_ps(j->beta);
   for (int64_t i = 0; i < cols; i += 16) {
@@ -151,7 +172,7 @@ TARGET void esp_gemm_epilogue_avx512(const esp_gjob *j, int64_t m0, int64_t n0, 
       if (j->c_type == ESP_F32)
         _mm512_mask_storeu_ps((float *)j->c + e, m, v);
       else
-        _mm256_mask_storeu_epi16((uint16_t *)j->c + e, m, to_bf16(v));
+        _mm256_mask_storeu_epi16((uint16_t *)j->c + e, m, (__m256i)_mm512_cvtneps_pbh(v));
     }
   }
 }
