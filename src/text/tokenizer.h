@@ -23,6 +23,10 @@ void esp_ids_deinit(esp_ids *ids);
 /* Appends the ids of text[0..n) (UTF-8; invalid bytes become U+FFFD as in Python's errors="replace"). special: apply
  * the post-processor (adds BOS and the like). Added tokens in the text are recognised either way. Thread-safe. */
 esp_status esp_tokenizer_encode(const esp_tokenizer *t, const char *text, size_t n, bool special, esp_ids *out);
+/* Appends the ids of text that continues what `out` already holds: as above without special, but what the normaliser or
+ * pre-tokeniser puts in front of a text (Prepend, Metaspace, add_prefix_space) is left out unless the last id is an
+ * added token. The boundary stays a token boundary, as it is when a model generates after a prompt. */
+esp_status esp_tokenizer_encode_more(const esp_tokenizer *t, const char *text, size_t n, esp_ids *out);
 /* Text of ids, zero-terminated, owned by the caller (esp_mem_free). */
 esp_status esp_tokenizer_decode(const esp_tokenizer *t, const int32_t *ids, int64_t n, bool skip_special, char **text,
                                 size_t *len);
@@ -30,6 +34,7 @@ int64_t esp_tokenizer_vocab(const esp_tokenizer *t);                 /* highest 
 int32_t esp_tokenizer_id(const esp_tokenizer *t, const char *token); /* -1 */
 const char *esp_tokenizer_token(const esp_tokenizer *t, int32_t id); /* NULL */
 bool esp_tokenizer_is_special(const esp_tokenizer *t, int32_t id);
+bool esp_tokenizer_is_added(const esp_tokenizer *t, int32_t id);
 int32_t esp_tokenizer_bos(const esp_tokenizer *t); /* -1: none */
 int32_t esp_tokenizer_eos(const esp_tokenizer *t);
 int32_t esp_tokenizer_pad(const esp_tokenizer *t);
