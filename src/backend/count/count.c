@@ -1,0 +1,286 @@
+/* count.c: the counting backend. It computes nothing: each operation adds its floating-point operations, the bytes it
+ * must read and write, and one launch. Memory is fake (addresses that fault when touched) but accounted in the same
+ * books as real memory, and scratch grows exactly as the cpu backend's does, so `plan` is a training step on it. */
+#include <string.h>
+
+#include "backend/backend.h"
+#include "backend/cpu/gemm.h"
+#include "backend/cpu/work.h"
+#include "core/cpu.h"
+
+#define FAKE_BASE 0x0100000000000000ull /* not canonical on x86-64: a dereference faults at once */
+
+typedef struct fake_block {
+  uint64_t at;
+  esp_mem_kind kind;
+  int64_t bytes;
+} fake_block;
+
+typedef struct count_impl {
+  uint64_t next;
+  fake_block *blocks;
+  int count, cap;
+  int64_t work_bytes; /* as esp_cpu_work holds them */
+} count_impl;
+
+static void *fake_alloc(esp_backend *be, esp_mem_kind kind, int64_t bytes) {
+  count_impl *c = be->impl;
+  if (c->count == c->cap) {
+    int cap = c->cap ? 2 * c->cap : 256;
+    fake_block *blocks = esp_mem_realloc(ESP_MEM_HOST, c->blocks, (size_t)cap * sizeof *blocks);
+    if (!blocks) return NULL;
+    c->blocks = blocks;
+    c->cap = cap;
+  }
+  c->blocks[c->count++] = (fake_block){c->next, kind, bytes};
+  void *p = (void *)(uintptr_t)c->next;
+  c->next += ((uint64_t)bytes + 127) / 64 * 64; /* one line between blocks: each address is unique */
+  esp_mem_account(kind, bytes);
+  return p;
+}
+static void fake_free(esp_backend *be, void *ptr) {
+  count_impl *c = be->impl;
+  for (int i = c->count - 1; i >= 0; i--)
+    if (c->blocks[i].at == (uint64_t)(uintptr_t)ptr) {
+      esp_mem_account(c->blocks[i].kind, -c->blocks[i].bytes);
+      memmove(c->blocks + i, c->blocks + i + 1, (size_t)(c->count - i - 1) * sizeof *c->blocks);
+      c->count--;
+      return;
+    }
+}
+static void work(esp_backend *be, int64_t bytes) {
+  count_impl *c = be->impl;
+  if (bytes <= c->work_bytes) return;
+  esp_mem_account(ESP_MEM_WORKSPACE, -c->work_bytes);
+  esp_mem_account(ESP_MEM_WORKSPACE, bytes);
+  c->work_bytes = bytes;
+}
+
+static void add(esp_backend *be, double flops, double bytes) {
+  be->stats.flops += flops;
+  be->stats.bytes += bytes;
+  be->stats.launches++;
+}
+static double bytes_of(esp_tensor t) {
+  return t.data ? (double)esp_tensor_bytes(&t) : 0;
+}
+static double numel(esp_tensor t) {
+  return (double)esp_tensor_numel(&t);
+}
+
+static void upload(esp_backend *be, void *dst, const void *host, int64_t bytes) {
+  (void)be, (void)dst, (void)host, (void)bytes;
+}
+static void download(esp_backend *be, void *host, const void *src, int64_t bytes) {
+  (void)be, (void)src;
+  memset(host, 0, (size_t)bytes);
+}
+static void zero(esp_backend *be, void *dst, int64_t bytes) {
+  (void)dst;
+  add(be, 0, (double)bytes);
+}
+static esp_status sync(esp_backend *be) {
+  return be->sticky;
+}
+static void destroy(esp_backend *be) {
+  count_impl *c = be->impl;
+  if (c) {
+    for (int i = 0; i < c->count; i++) esp_mem_account(c->blocks[i].kind, -c->blocks[i].bytes);
+    esp_mem_account(ESP_MEM_WORKSPACE, -c->work_bytes);
+    esp_mem_free(c->blocks);
+  }
+  esp_mem_free(c);
+  esp_mem_free(be);
+}
+
+static void *pack(esp_backend *be, const esp_tensor *w, int n, bool transposed, esp_dtype compute) {
+  int64_t out = 0, in = n ? w[0].shape[transposed ? 0 : 1] : 0;
+  for (int i = 0; i < n; i++) out += w[i].shape[transposed ? 1 : 0];
+  return fake_alloc(be, ESP_MEM_WEIGHTS, esp_cpu_pack_bytes(out, in, compute));
+}
+static double weight_bytes(const esp_wview *w, esp_tensor x) {
+  return w->packed ? (double)(w->out * w->in) * (double)esp_dtype_size(x.dtype) : bytes_of(w->dense);
+}
+static void tails_cost(const esp_tail *tails, int n, esp_tensor y, double *flops, double *bytes) {
+  for (int i = 0; i < n; i++) {
+    *flops += 2 * numel(tails[i].x) * numel(tails[i].w) / (double)esp_tensor_cols(&tails[i].x);
+    *bytes += bytes_of(tails[i].x) + bytes_of(tails[i].w);
+  }
+  (void)y;
+}
+static void linear(esp_backend *be, esp_tensor y, esp_tensor x, const esp_wview *w, esp_tensor bias,
+                   const esp_tail *tails, int n_tails, float beta) {
+  double flops = 2 * (double)esp_tensor_rows(&x) * (double)w->out * (double)w->in;
+  double bytes = bytes_of(x) + weight_bytes(w, x) + bytes_of(bias) + bytes_of(y) * (beta != 0 ? 2 : 1);
+  tails_cost(tails, n_tails, y, &flops, &bytes);
+  add(be, flops, bytes);
+}
+static void linear_dx(esp_backend *be, esp_tensor dx, esp_tensor dy, const esp_wview *w, const esp_tail *tails,
+                      int n_tails, float beta) {
+  double flops = 2 * (double)esp_tensor_rows(&dy) * (double)w->out * (double)w->in;
+  double bytes = bytes_of(dy) + weight_bytes(w, dy) + bytes_of(dx) * (beta != 0 ? 2 : 1);
+  tails_cost(tails, n_tails, dx, &flops, &bytes);
+  add(be, flops, bytes);
+}
+static void matmul(esp_backend *be, esp_tensor c, esp_tensor a, bool trans_a, esp_tensor b, bool trans_b, float alpha,
+                   float beta) {
+  (void)b, (void)trans_b, (void)alpha;
+  double k = (double)(trans_a ? esp_tensor_rows(&a) : esp_tensor_cols(&a));
+  add(be, 2 * numel(c) * k, bytes_of(a) + bytes_of(b) + bytes_of(c) * (beta != 0 ? 2 : 1));
+}
+
+static void embed(esp_backend *be, esp_tensor y, esp_tensor table, const int32_t *ids, float scale) {
+  (void)ids, (void)scale;
+  add(be, numel(y), bytes_of(y) + numel(y) * (double)esp_dtype_size(table.dtype));
+}
+static void embed_bwd(esp_backend *be, float *dtable, esp_tensor dy, const int32_t *ids, float scale) {
+  (void)dtable, (void)ids, (void)scale;
+  add(be, 2 * numel(dy), bytes_of(dy) + 8 * numel(dy));
+}
+static void norm(esp_backend *be, const esp_norm_args *a) {
+  add(be, 6 * numel(a->x),
+      bytes_of(a->x) + bytes_of(a->residual) + bytes_of(a->residual.data ? a->r_out : a->residual) + bytes_of(a->y));
+}
+static void norm_bwd(esp_backend *be, const esp_norm_bwd_args *a) {
+  double passes = a->dw || a->db ? 2 : 1;
+  add(be, 10 * numel(a->r) * passes,
+      passes * (bytes_of(a->r) + bytes_of(a->dy)) + bytes_of(a->dx) * (a->accumulate ? 2 : 1));
+}
+static void rope(esp_backend *be, const esp_rope_args *a) {
+  double touched = (double)esp_tensor_rows(&a->x) * a->heads * a->rot;
+  add(be, 3 * touched, 2 * touched * (double)esp_dtype_size(a->x.dtype));
+}
+/* (query, key) pairs that attend, of all sequences */
+static double attn_pairs(const esp_attn_args *a) {
+  double pairs = 0;
+  for (int s = 0; s < a->n_seqs; s++) {
+    double n = a->cu_seqlens[s + 1] - a->cu_seqlens[s], w = a->window;
+    double p = a->causal ? n * (n + 1) / 2 : n * n;
+    if (a->window > 0 && w < n) p -= (n - w) * (n - w + 1) / 2; /* pairs further back than the window */
+    pairs += p;
+  }
+  return pairs;
+}
+static void attn(esp_backend *be, const esp_attn_args *a) {
+  work(be, esp_cpu_work_attn(a));
+  add(be, 4 * attn_pairs(a) * a->heads * a->head_dim,
+      bytes_of(a->q) + bytes_of(a->k) + bytes_of(a->v) + bytes_of(a->o));
+}
+static void attn_bwd(esp_backend *be, const esp_attn_args *a) {
+  work(be, esp_cpu_work_attn_bwd(a));
+  add(be, 10 * attn_pairs(a) * a->heads * a->head_dim,
+      2 * (bytes_of(a->q) + bytes_of(a->k) + bytes_of(a->v) + bytes_of(a->o)));
+}
+static void attn_decode(esp_backend *be, const esp_decode_args *a) {
+  work(be, esp_cpu_work_decode(a));
+  double keys = 0;
+  for (int64_t b = 0; b < esp_tensor_rows(&a->q); b++) keys += a->lens[b];
+  add(be, 4 * keys * a->heads * a->head_dim,
+      2 * keys * a->kv_heads * a->head_dim * (double)esp_dtype_size(a->k_cache.dtype));
+}
+static void glu(esp_backend *be, esp_tensor h, esp_tensor gu, esp_act act) {
+  (void)act;
+  add(be, 20 * numel(h), bytes_of(h) + bytes_of(gu));
+}
+static void glu_bwd(esp_backend *be, esp_tensor dgu, esp_tensor dh, esp_tensor gu, esp_act act) {
+  (void)act;
+  add(be, 25 * numel(dh), bytes_of(dgu) + bytes_of(dh) + bytes_of(gu));
+}
+static void act(esp_backend *be, esp_tensor y, esp_tensor x, esp_act act) {
+  (void)act;
+  add(be, 20 * numel(y), bytes_of(y) + bytes_of(x));
+}
+static void act_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, esp_act act) {
+  (void)act;
+  add(be, 25 * numel(x), bytes_of(dx) + bytes_of(dy) + bytes_of(x));
+}
+static void cross_entropy(esp_backend *be, const esp_ce_args *a) {
+  work(be, esp_cpu_work_ce(esp_tensor_rows(&a->logits)));
+  add(be, (a->d.data ? 40 : 20) * numel(a->logits), bytes_of(a->logits) + bytes_of(a->d));
+}
+static void axpby(esp_backend *be, esp_tensor y, float a, esp_tensor x, float b) {
+  (void)a;
+  add(be, 2 * numel(y), bytes_of(x) + bytes_of(y) * (b != 0 ? 2 : 1));
+}
+static void mul_cols(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v) {
+  add(be, numel(y), bytes_of(x) + bytes_of(y) + bytes_of(v));
+}
+static void gather_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows) {
+  (void)x, (void)rows;
+  add(be, 0, 2 * bytes_of(y));
+}
+static void scatter_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows) {
+  (void)y, (void)rows;
+  add(be, 0, 2 * bytes_of(x));
+}
+static void dropout(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, uint64_t stream, float beta) {
+  (void)p, (void)seed, (void)stream;
+  add(be, 2 * numel(y), bytes_of(x) + bytes_of(y) * (beta != 0 ? 2 : 1));
+}
+static void col_sum(esp_backend *be, float *out, esp_tensor x) {
+  (void)out;
+  add(be, numel(x), bytes_of(x));
+}
+static void dot(esp_backend *be, double *out, const float *a, const float *b, int64_t n) {
+  *out = 0; /* a host double: read by clipping at once */
+  add(be, 2 * (double)n, (a == b ? 4 : 8) * (double)n);
+}
+static void update(esp_backend *be, const esp_update_args *a) {
+  double bytes = 12; /* parameter read and written, gradient read */
+  for (int i = 0; i < 4; i++) bytes += a->state[i] ? 8 : 0;
+  if (a->shadow) bytes += (double)esp_dtype_size(a->shadow_dtype);
+  add(be, 15 * (double)a->n, bytes * (double)a->n);
+}
+
+static const esp_backend_ops ops = {
+    .name = "count",
+    .alloc = fake_alloc,
+    .free = fake_free,
+    .upload = upload,
+    .download = download,
+    .zero = zero,
+    .sync = sync,
+    .destroy = destroy,
+    .pack = pack,
+    .pack_free = fake_free,
+    .linear = linear,
+    .linear_dx = linear_dx,
+    .matmul = matmul,
+    .embed = embed,
+    .embed_bwd = embed_bwd,
+    .norm = norm,
+    .norm_bwd = norm_bwd,
+    .rope = rope,
+    .attn = attn,
+    .attn_bwd = attn_bwd,
+    .attn_decode = attn_decode,
+    .glu = glu,
+    .glu_bwd = glu_bwd,
+    .act = act,
+    .act_bwd = act_bwd,
+    .cross_entropy = cross_entropy,
+    .axpby = axpby,
+    .mul_cols = mul_cols,
+    .gather_rows = gather_rows,
+    .scatter_rows = scatter_rows,
+    .dropout = dropout,
+    .col_sum = col_sum,
+    .dot = dot,
+    .update = update,
+};
+
+esp_status esp_count_backend_create(esp_backend **out) {
+  *out = NULL;
+  esp_backend *be = esp_mem_alloc(ESP_MEM_HOST, sizeof *be);
+  if (!be) return ESP_ERR_MEMORY;
+  count_impl *c = esp_mem_alloc(ESP_MEM_HOST, sizeof *c);
+  if (!c) {
+    esp_mem_free(be);
+    return ESP_ERR_MEMORY;
+  }
+  c->next = FAKE_BASE;
+  be->ops = &ops;
+  be->impl = c;
+  *out = be;
+  return ESP_OK;
+}

@@ -1,0 +1,35 @@
+/* kernels.inc.h: the body of kernels_{plain,avx2,avx512}.c. */
+#include "backend/cpu/kernels.h"
+#include "backend/cpu/vec.h"
+
+/* clang-format off */
+#include "backend/cpu/k_elementwise.h"
+#include "backend/cpu/k_glu.h"
+#include "backend/cpu/k_norm.h"
+#include "backend/cpu/k_loss.h"
+#include "backend/cpu/k_update.h"
+#include "backend/cpu/k_attention.h"
+/* clang-format on */
+
+const esp_kernels ESP_K_TABLE = {
+    .axpby = k_axpby,
+    .mul_cols = k_mul_cols,
+    .copy_rows = k_copy_rows,
+    .dropout = k_dropout,
+    .act = k_act,
+    .act_bwd = k_act_bwd,
+    .glu = k_glu,
+    .glu_bwd = k_glu_bwd,
+    .norm = k_norm,
+    .norm_bwd = k_norm_bwd,
+    .rope = k_rope,
+    .norm_bwd_cols = k_norm_bwd_cols,
+    .col_sum = k_col_sum,
+    .embed_bwd = k_embed_bwd,
+    .dot = k_dot,
+    .update = k_update,
+    .cross_entropy = k_cross_entropy,
+    .attn = k_attn,
+    .attn_bwd = k_attn_bwd,
+    .attn_decode = k_attn_decode,
+};

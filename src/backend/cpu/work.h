@@ -1,0 +1,33 @@
+/* work.h: scratch that operations of the cpu backend ask for, as functions of the shapes alone (and of the thread
+ * count), shared with the counting backend so that the plan holds the same bytes. */
+#ifndef ESP_BACKEND_CPU_WORK_H
+#define ESP_BACKEND_CPU_WORK_H
+
+#include "backend/cpu/kernels.h"
+#include "core/threads.h"
+
+/* Query heads whose fp32 dK, dV are alive at a time in attention's backward pass: whole groups, about 16. */
+static inline int esp_attn_bwd_heads(const esp_attn_args *a) {
+  int group = a->heads / a->kv_heads, n = 16 / group * group;
+  if (n < group) n = group;
+  return n < a->heads ? n : a->heads;
+}
+static inline int64_t esp_attn_max_len(const esp_attn_args *a) {
+  int64_t m = 0;
+  for (int s = 0; s < a->n_seqs; s++)
+    if (a->cu_seqlens[s + 1] - a->cu_seqlens[s] > m) m = a->cu_seqlens[s + 1] - a->cu_seqlens[s];
+  return m;
+}
+int64_t esp_cpu_work_attn(const esp_attn_args *a);
+int64_t esp_cpu_work_attn_bwd(const esp_attn_args *a);
+static inline int64_t esp_cpu_work_decode(const esp_decode_args *a) {
+  return (a->max_len + 15) / 16 * 64 * esp_threads_count();
+}
+static inline int64_t esp_cpu_work_ce(int64_t rows) {
+  return (rows + 7) / 8 * 64;
+}
+
+/* The backend's one scratch buffer, grown to `bytes`; NULL with the sticky error set. */
+void *esp_cpu_work(esp_backend *be, int64_t bytes);
+
+#endif
