@@ -111,7 +111,9 @@ const char *const *esp_adapter_names(int *n);
 esp_status esp_adapter_create(esp_model *m, const esp_adapter_cfg *cfg, const char *name, bool trainable,
                               esp_adapter **out);
 void esp_adapter_destroy(esp_adapter *a);
-/* The ordered list of adapters that are active on the model: their hooks are installed. n == 0: base mode. */
+/* The ordered list of adapters that are active on the model: their hooks are installed and modules that they train in
+ * full take the place of the base's. n == 0: base mode; after an init that rewrites the base (pissa, olora) that is the
+ * rewritten base. Merge and save read the file and are exact in any case. */
 esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n);
 
 /* What the adapter makes of a site, for merge, export and `--verify`; covers the kind's own change, fully trained

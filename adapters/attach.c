@@ -1,6 +1,7 @@
 /* attach.c: the model's hooks over the ordered list of active adapters. Forward runs them in order, backward in
  * reverse; linear changes add up, so several adapters are the weighted sum of each. Also the life and the effective
  * weights of an adapter: everything that is the same for every kind. */
+#include <limits.h>
 #include <string.h>
 
 #include "adapters/internal.h"
@@ -103,10 +104,32 @@ static void drop(active_set *c) {
   esp_mem_free(c);
 }
 
+static int on_lowest_layer(void *ctx) {
+  const active_set *c = ctx;
+  int low = INT_MAX;
+  for (int k = 0; k < c->n; k++) {
+    const esp_adapter *a = c->list[k];
+    esp_site **sites;
+    int n = esp_model_sites(a->model, &sites), layers = esp_model_describe(a->model)->layers;
+    if (!a->trainable) continue;
+    if (a->modules->tokens >= 0) return -1;
+    for (int i = 0; i < n; i++) {
+      if (!a->targeted[i]) continue;
+      int at = sites[i]->kind == ESP_SITE_EMBED ? -1 : sites[i]->layer < 0 ? layers : sites[i]->layer;
+      if (at < low) low = at;
+    }
+  }
+  return low;
+}
+
 /* Only the hooks that some active adapter needs: the model saves work where one is absent. */
 static esp_adapter_hooks hooks_of(active_set *c) {
-  esp_adapter_hooks h = {
-      .ctx = c, .tails = on_tails, .tails_bwd = on_tails_bwd, .embed = on_embed, .embed_bwd = on_embed_bwd};
+  esp_adapter_hooks h = {.ctx = c,
+                         .tails = on_tails,
+                         .tails_bwd = on_tails_bwd,
+                         .embed = on_embed,
+                         .embed_bwd = on_embed_bwd,
+                         .lowest_layer = on_lowest_layer};
   for (int k = 0; k < c->n; k++) {
     const esp_adapter_kind *kind = c->list[k]->kind;
     if (kind->input) h.input = on_input;
@@ -140,6 +163,29 @@ static esp_status install(esp_model *m, esp_adapter **list, int n) {
   return ESP_OK;
 }
 
+/* Modules that are trained in full are computed from the stores of the active adapters, and from the base where none of
+ * them has a copy. */
+static esp_status attach_modules(esp_model *m, esp_adapter **list, int n) {
+  esp_site **sites;
+  int n_sites = esp_model_sites(m, &sites);
+  for (int i = 0; i < n_sites; i++) {
+    esp_site *s = sites[i];
+    s->trained = NULL;
+    s->trained_weight = s->trained_bias = -1;
+    for (int k = 0; k < n; k++) {
+      const esp_train_modules *t = list[k]->modules;
+      if (t->weight[i] < 0 && t->bias[i] < 0) continue;
+      if (s->trained)
+        return esp_fail(ESP_ERR_RECIPE, "%s is trained in full by two active adapters ('%s' and another)", s->path,
+                        list[k]->name);
+      s->trained = list[k]->params;
+      s->trained_weight = t->weight[i];
+      s->trained_bias = t->bias[i];
+    }
+  }
+  return ESP_OK;
+}
+
 esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n) {
   for (int i = 0; i < n; i++) {
     if (list[i]->model != m) return esp_fail(ESP_ERR_INTERNAL, "adapter '%s' belongs to another model", list[i]->name);
@@ -147,18 +193,7 @@ esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n) {
       if (list[k] == list[i]) return esp_fail(ESP_ERR_RECIPE, "adapter '%s' is named twice", list[i]->name);
   }
   ESP_TRY(install(m, list, n));
-  /* The frozen copy of a module that is trained in full was never packed: without its adapter it is not the base. */
-  esp_site **sites;
-  int n_sites = esp_model_sites(m, &sites);
-  for (int i = 0; i < n_sites; i++) {
-    bool owned = !sites[i]->trained;
-    for (int k = 0; k < n && !owned; k++) owned = list[k]->params == sites[i]->trained;
-    if (!owned)
-      return esp_fail(ESP_ERR_RECIPE,
-                      "%s is trained in full by an adapter that is not active: open the base again for base mode",
-                      sites[i]->path);
-  }
-  return ESP_OK;
+  return attach_modules(m, list, n);
 }
 
 void esp_adapter_destroy(esp_adapter *a) {

@@ -33,7 +33,6 @@ typedef struct esp_train_modules {
   int *weight, *bias;    /* per site: parameter index of the full copy, -1: frozen */
   bool *file_transposed; /* per parameter: the file holds the transpose (Conv1D, embedding LoRA) */
   int file_cap;
-  bool any_site; /* a site is trained in full: there is no base mode */
   /* replaced rows of the input embedding (and of the tied head) */
   esp_site *embed, *head;
   int tokens; /* parameter [n, dim]; -1: none */

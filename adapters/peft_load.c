@@ -159,6 +159,12 @@ esp_status esp_adapter_load(esp_model *m, const char *dir, const char *name, boo
   }
   ESP_GOTO(esp_st_open(path, &f));
   const char *base = esp_st_metadata(f, "espalier_base");
+  /* before anything else: on another base every later message would only be a consequence */
+  if (base && strcmp(base, esp_model_fingerprint(m)) != 0) {
+    st = esp_fail(ESP_ERR_DATA, "%s: made on another base (fingerprint %s, %s has %s)", path, base, esp_model_dir(m),
+                  esp_model_fingerprint(m));
+    goto out;
+  }
   st = esp_adapter_build(m, &cfg, name, trainable, true, &a);
   if (st) {
     /* from here the configuration is a file's, not the recipe's */
@@ -167,11 +173,6 @@ esp_status esp_adapter_load(esp_model *m, const char *dir, const char *name, boo
     goto out;
   }
   ESP_GOTO(fill(a, f, path, &acc));
-  if (base && strcmp(base, esp_model_fingerprint(m)) != 0) {
-    st = esp_fail(ESP_ERR_DATA, "%s: made on another base (fingerprint %s, %s has %s)", path, base, esp_model_dir(m),
-                  esp_model_fingerprint(m));
-    goto out;
-  }
   *out = a;
   a = NULL;
 out:

@@ -9,13 +9,19 @@
 
 #include "adapters/internal.h"
 
+/* So that the base's copy is not packed. A site that an active adapter holds is left to it: activation decides. */
+static void attach(esp_adapter *a, esp_site *s) {
+  if (s->trained && s->trained != a->params) return;
+  s->trained = a->params;
+  s->trained_weight = a->modules->weight[s->index];
+  s->trained_bias = a->modules->bias[s->index];
+}
+
 static esp_status add(esp_adapter *a, esp_site *s, bool base_layer, bool weight, bool pad) {
   char name[600];
   /* the module's path in the Hugging Face model; the key in the base's file may lack its first component */
   snprintf(name, sizeof name, "%s%s%s.%s", a->kind->whole_base ? "" : ESP_PEFT_PREFIX, s->path,
            base_layer ? ".base_layer" : "", weight ? "weight" : "bias");
-  if (s->trained && s->trained != a->params)
-    return esp_fail(ESP_ERR_RECIPE, "%s is already trained in full by another adapter", s->path);
   int64_t shape[2] = {s->out, s->in};
   int ndim = 1;
   if (weight && s->kind == ESP_SITE_LINEAR) ndim = 2;
@@ -26,11 +32,8 @@ static esp_status add(esp_adapter *a, esp_site *s, bool base_layer, bool weight,
   }
   int index = esp_params_add(a->params, name, ndim, shape, pad);
   if (index < 0) return ESP_ERR_MEMORY;
-  if (!s->trained) s->trained_weight = s->trained_bias = -1;
-  s->trained = a->params;
-  a->modules->any_site = true;
-  *(weight ? &s->trained_weight : &s->trained_bias) = index;
   (weight ? a->modules->weight : a->modules->bias)[s->index] = index;
+  attach(a, s);
   return weight && s->kind == ESP_SITE_LINEAR && s->transposed ? esp_mark_transposed(a, index) : ESP_OK;
 }
 
@@ -61,10 +64,9 @@ static bool wants_bias(const esp_adapter *a, const esp_site *s) {
 static bool share_tied(esp_adapter *a, esp_site *s, esp_site **sites) {
   if (!a->kind->whole_base) return false;
   for (int i = 0; i < s->index; i++) {
-    if (sites[i]->trained != a->params || strcmp(sites[i]->tensor, s->tensor)) continue;
-    s->trained = a->params;
-    s->trained_weight = a->modules->weight[s->index] = a->modules->weight[i];
-    s->trained_bias = -1;
+    if (a->modules->weight[i] < 0 || strcmp(sites[i]->tensor, s->tensor)) continue;
+    a->modules->weight[s->index] = a->modules->weight[i];
+    attach(a, s);
     return true;
   }
   return false;
