@@ -12,7 +12,6 @@ esp_status esp_engine_init(esp_engine *e, const esp_recipe *r, esp_comm *comm, c
 
 void esp_engine_unload(esp_engine *e) {
   esp_optim_destroy(e->optim);
-  if (e->model) esp_model_set_hooks(e->model, NULL);
   esp_adapter_destroy(e->adapter);
   esp_model_close(e->model);
   e->optim = NULL;

@@ -1,0 +1,327 @@
+/* loop.c: the run: tasks in sequence, from nothing or from a checkpoint.
+ *
+ * Resume takes the same path as a run: the state is read instead of being zero, and everything else (data, packing,
+ * initial values, schedules, dropout) is a function of the recipe and the cursor. What happens between two tasks
+ * (evaluation, a new adapter, a reset optimizer) is done before the checkpoint between them is written, so that a
+ * checkpoint always holds what the next step starts from.
+ */
+#include "train/loop.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "core/log.h"
+#include "core/threads.h"
+#include "io/file.h"
+
+static esp_status refuse_memory(const esp_plan *p) {
+  if (p->fits) return ESP_OK;
+  int most = 0;
+  for (int k = 1; k < p->n_categories; k++)
+    if (p->category_bytes[k] > p->category_bytes[most]) most = k;
+  return esp_fail(ESP_ERR_MEMORY,
+                  "the run needs %.1f MiB, memory.limit is %.1f MiB (largest part: %s, %.1f MiB; see `plan`)",
+                  (double)p->peak_bytes / 1048576, (double)p->limit_bytes / 1048576, p->category_name[most],
+                  (double)p->category_bytes[most] / 1048576);
+}
+
+static esp_status make_matrix(esp_loop *l) {
+  const esp_recipe *r = l->r;
+  if (r->eval.n_sets == 0 || !l->hooks || !l->hooks->score) return ESP_OK;
+  ESP_TRY(esp_matrix_create(r->n_tasks, r->eval.n_sets, &l->matrix));
+  for (int i = 0; i < r->n_tasks; i++) {
+    snprintf(l->matrix->task_name[i], ESP_MATRIX_NAME, "%s", r->tasks[i].name);
+    if (r->tasks[i].n_eval > 0) l->matrix->column[i] = r->tasks[i].eval[0];
+  }
+  for (int i = 0; i < r->eval.n_sets; i++) {
+    snprintf(l->matrix->set_name[i], ESP_MATRIX_NAME, "%s", r->eval.sets[i].name);
+    snprintf(l->matrix->set_metric[i], ESP_MATRIX_NAME, "%s", l->hooks->metric_name(r->eval.sets[i].metric));
+    l->matrix->smaller_better[i] = l->hooks->smaller_better(r->eval.sets[i].metric);
+  }
+  return ESP_OK;
+}
+
+/* Model, adapter and optimizer for task `i`. */
+static esp_status begin_task(esp_loop *l, int i, bool first) {
+  const esp_recipe_task *t = &l->r->tasks[i];
+  bool fresh = first || l->r->continual.policy != ESP_POLICY_CONTINUE;
+  if (fresh) {
+    char base[ESP_PATH];
+    esp_adapter_cfg cfg = t->adapter;
+    cfg.seed += (uint64_t)i * 1000003u; /* another start for each new adapter */
+    if (l->r->continual.policy == ESP_POLICY_CONTINUE) cfg = l->r->tasks[0].adapter;
+    ESP_TRY(esp_rundir_base(l, base));
+    ESP_TRY(esp_comm_agree(l->comm, esp_engine_load(&l->engine, base, &cfg, NULL, true)));
+  }
+  esp_status st = esp_engine_optim(&l->engine, &t->optim, !fresh && !l->r->continual.reset_optimizer);
+  if (st == ESP_OK && !l->engine.stack_ready) st = esp_engine_stack(&l->engine, l->plan.stack_bytes);
+  return esp_comm_agree(l->comm, st);
+}
+
+static esp_status checkpoint(esp_loop *l) {
+  esp_run_state *s = &l->state;
+  esp_status st = ESP_OK;
+  if (l->comm->rank == 0) {
+    char path[ESP_PATH];
+    esp_recipe_hash(l->r, s->recipe_hash);
+    snprintf(s->fingerprint, sizeof s->fingerprint, "%s", esp_model_fingerprint(l->engine.model));
+    s->ranks = l->comm->size;
+    s->optim_step = l->engine.optim->step;
+    s->backwards = l->engine.adapter->backwards;
+    st = esp_metrics_sync(&l->metrics, &s->jsonl_bytes, &s->events_bytes);
+    if (st == ESP_OK) st = esp_checkpoint_write(&l->engine, s, l->plan.task, l->matrix, path);
+    if (st == ESP_OK) st = esp_checkpoint_prune(l->r, l->r->checkpoint.keep);
+    if (st == ESP_OK) {
+      snprintf(l->checkpoint, sizeof l->checkpoint, "%s", path);
+      esp_event e = esp_loop_event(l, ESP_EVENT_CHECKPOINT);
+      e.path = path;
+      esp_loop_emit(l, &e);
+    }
+  }
+  return esp_comm_agree(l->comm, st);
+}
+
+/* ---- resume ---- */
+
+static esp_status find_checkpoint(esp_loop *l) {
+  esp_status st = ESP_OK;
+  int damaged = 0;
+  if (l->comm->rank == 0)
+    st = esp_checkpoint_find(l->r, l->comm->size, l->plan.task, &l->state, l->matrix, l->checkpoint, &damaged);
+  ESP_TRY(esp_comm_agree(l->comm, st));
+  const esp_comm_ops *ops = l->comm->ops;
+  ESP_TRY(ops->broadcast(l->comm, &l->state, sizeof l->state, 0));
+  ESP_TRY(ops->broadcast(l->comm, l->checkpoint, sizeof l->checkpoint, 0));
+  if (l->matrix)
+    ESP_TRY(ops->broadcast(l->comm, l->matrix->score,
+                           (size_t)((l->matrix->tasks + 1) * l->matrix->sets) * sizeof(double), 0));
+  if (damaged > 0) esp_loop_note(l, "%d damaged checkpoint(s) passed over", damaged);
+  if (l->checkpoint[0])
+    esp_loop_note(l, "resuming from %s", l->checkpoint);
+  else
+    esp_loop_note(l, "no checkpoint yet: starting at step 0");
+  return ESP_OK;
+}
+
+static esp_status restore(esp_loop *l) {
+  esp_status st = ESP_OK;
+  if (strcmp(esp_model_fingerprint(l->engine.model), l->state.fingerprint))
+    st = esp_fail(ESP_ERR_DATA, "%s: is not the base model the checkpoint was made on", l->r->model.base_model);
+  ESP_TRY(esp_comm_agree(l->comm, st));
+  ESP_TRY(esp_checkpoint_load(&l->engine, l->checkpoint));
+  l->engine.optim->step = l->state.optim_step;
+  l->engine.adapter->backwards = l->state.backwards;
+  return ESP_OK;
+}
+
+/* ---- steps ---- */
+
+static double learning_rate(const esp_loop *l, const esp_recipe_task *t, int64_t task_steps) {
+  const esp_cursor *at = &l->state.at;
+  double f = l->r->schedule_restart ? esp_schedule_factor(&t->schedule, at->task_step, task_steps)
+                                    : esp_schedule_factor(&l->r->schedule, at->step, l->total_steps);
+  return t->optim.lr * f;
+}
+
+static esp_status after_step(esp_loop *l, const esp_recipe_task *t, int64_t task_steps, const esp_step_out *out,
+                             double lr, double seconds, double epoch_share) {
+  esp_cursor *at = &l->state.at;
+  l->state.last_loss = out->loss;
+  l->tokens += out->tokens;
+  l->step_seconds = l->step_seconds > 0 ? 0.9 * l->step_seconds + 0.1 * seconds : seconds;
+  esp_event e = esp_loop_event(l, ESP_EVENT_STEP);
+  e.epoch = epoch_share;
+  e.loss = out->loss, e.accuracy = out->accuracy, e.lr = lr, e.grad_norm = out->grad_norm;
+  e.tokens = out->tokens, e.trained_tokens = out->weight;
+  e.step_seconds = seconds;
+  e.tokens_per_second = seconds > 0 ? (double)out->tokens / seconds : 0;
+  e.eta_seconds = l->step_seconds * (double)(l->total_steps - at->step);
+  if (l->comm->rank == 0) ESP_TRY(esp_metrics_step(&l->metrics, &e));
+  esp_loop_emit(l, &e);
+  return esp_watch_step(&l->state.watch, &l->r->log.watchdog, at->step, out->loss, out->grad_norm);
+}
+
+static esp_status with_checkpoint(const esp_loop *l, esp_status st) {
+  if (st != ESP_ERR_DIVERGED) return st;
+  char why[1024];
+  snprintf(why, sizeof why, "%s", esp_error_message());
+  return esp_fail(st, "%s; last checkpoint: %s", why, l->checkpoint[0] ? l->checkpoint : "none");
+}
+
+/* One step at the cursor; moves it. *stop: some rank was asked to. */
+static esp_status one_step(esp_loop *l, const esp_recipe_task *t, const esp_packs *packs, int64_t epoch_steps,
+                           int64_t task_steps, bool *stop) {
+  esp_cursor *at = &l->state.at;
+  double began = esp_now(), lr = learning_rate(l, t, task_steps);
+  esp_step_in in = {packs,
+                    at->epoch_step,
+                    t->train.micro_batch_size,
+                    t->train.gradient_accumulation_steps,
+                    at->step,
+                    lr,
+                    l->r->memory.activation_checkpointing,
+                    l->r->seed};
+  esp_step_out out;
+  ESP_TRY(with_checkpoint(l, esp_train_step(&l->engine, &in, &l->rows, &out)));
+  at->step++, at->task_step++, at->epoch_step++;
+  esp_adapter *a = l->engine.adapter;
+  if (a->kind->after_step) a->kind->after_step(a, at->task_step, task_steps);
+  double share = (double)at->epoch + (double)at->epoch_step / (double)epoch_steps;
+  ESP_TRY(with_checkpoint(l, after_step(l, t, task_steps, &out, lr, esp_now() - began, share)));
+  *stop = out.stop || (l->comm->size == 1 && esp_stop_requested()) ||
+          (l->opt && l->opt->stop_after > 0 && at->step >= l->opt->stop_after);
+  return ESP_OK;
+}
+
+static esp_status interrupted(esp_loop *l) {
+  ESP_TRY(checkpoint(l));
+  return esp_fail(ESP_ERR_INTERRUPTED, "stopped after step %lld of %lld; complete checkpoint: %s",
+                  (long long)l->state.at.step, (long long)l->total_steps,
+                  l->comm->rank == 0 ? l->checkpoint : "written by rank 0");
+}
+
+static esp_status task_steps_loop(esp_loop *l, int task) {
+  const esp_recipe_task *t = &l->r->tasks[task];
+  esp_cursor *at = &l->state.at;
+  esp_status st = ESP_OK;
+  esp_packs *packs = NULL;
+  int64_t steps = l->plan.task[task].steps, epoch_steps = 0;
+  int64_t span = t->train.micro_batch_size * t->train.gradient_accumulation_steps * l->comm->size;
+  while (at->task_step < steps) {
+    if (packs && at->epoch_step >= epoch_steps) {
+      esp_packs_destroy(packs);
+      packs = NULL;
+      at->epoch++;
+      at->epoch_step = 0;
+    }
+    if (!packs) {
+      ESP_GOTO(esp_packs_create(l->data.task[task], &t->data_cfg, l->r->seed, task, at->epoch, &packs));
+      epoch_steps = (esp_packs_count(packs) + span - 1) / span;
+      if (at->epoch_step >= epoch_steps) continue; /* resumed exactly at an epoch's end */
+    }
+    bool stop = false;
+    ESP_GOTO(one_step(l, t, packs, epoch_steps, steps, &stop));
+    bool ends = at->task_step >= steps;
+    if (!ends && l->r->eval.every > 0 && at->task_step % l->r->eval.every == 0) ESP_GOTO(esp_loop_midway(l, t));
+    if (stop)
+      ESP_GOTO(interrupted(l));
+    else if (!ends && l->r->checkpoint.every > 0 && at->step % l->r->checkpoint.every == 0)
+      ESP_GOTO(checkpoint(l));
+  }
+out:
+  esp_packs_destroy(packs);
+  return st;
+}
+
+/* Adapter, scores, the base and the adapter of the next task, and the checkpoint between them. */
+static esp_status end_task(esp_loop *l, int task) {
+  const esp_recipe_task *t = &l->r->tasks[task];
+  char path[ESP_PATH], base[ESP_PATH], rel[ESP_PATH], merged[ESP_PATH];
+  esp_adapter *a = l->engine.adapter;
+  if (a->kind->task_end) a->kind->task_end(a);
+  ESP_TRY(esp_loop_save_adapter(l, "adapters", t->name, path));
+  ESP_TRY(esp_loop_matrix_row(l, task + 1));
+  ESP_TRY(esp_loop_best_of_row(l, task + 1));
+  esp_event e = esp_loop_event(l, ESP_EVENT_TASK_END);
+  e.path = path;
+  esp_loop_emit(l, &e);
+  bool last = task + 1 == l->r->n_tasks;
+  if (!last && l->r->continual.policy == ESP_POLICY_MERGE_THEN_NEW) {
+    ESP_TRY(esp_rundir_base(l, base));
+    snprintf(rel, sizeof rel, "bases/%s", t->name);
+    esp_path_join(merged, sizeof merged, l->r->checkpoint.output_dir, rel);
+    esp_status st = ESP_OK;
+    if (l->comm->rank == 0) {
+      char bases[ESP_PATH];
+      st = esp_mkdirs(esp_path_join(bases, sizeof bases, l->r->checkpoint.output_dir, "bases"));
+      if (st == ESP_OK) st = l->hooks->merge(l->hooks->ctx, base, path, merged);
+    }
+    ESP_TRY(esp_comm_agree(l->comm, st));
+    snprintf(l->state.base, sizeof l->state.base, "%s", rel);
+  }
+  l->state.at = (esp_cursor){.task = task + 1, .step = l->state.at.step};
+  l->state.watch = (esp_watch){0};
+  if (!last) ESP_TRY(begin_task(l, task + 1, false));
+  return checkpoint(l);
+}
+
+static esp_status tasks_loop(esp_loop *l) {
+  esp_cursor *at = &l->state.at;
+  while (at->task < l->r->n_tasks) {
+    int task = (int)at->task;
+    esp_loop_phase(l, "train");
+    esp_event e = esp_loop_event(l, ESP_EVENT_TASK_BEGIN);
+    esp_loop_emit(l, &e);
+    ESP_TRY(task_steps_loop(l, task));
+    ESP_TRY(end_task(l, task));
+  }
+  return ESP_OK;
+}
+
+/* Everything that can refuse the run before a weight is read. */
+static esp_status prepare(esp_loop *l, bool resume) {
+  const esp_recipe *r = l->r;
+  if (r->continual.policy == ESP_POLICY_MERGE_THEN_NEW && r->n_tasks > 1 && (!l->hooks || !l->hooks->merge))
+    return esp_fail(ESP_ERR_RECIPE, "continual.policy: merge_then_new is not available here");
+  esp_loop_phase(l, "data");
+  ESP_TRY(esp_comm_agree(l->comm, esp_train_data_load(r, true, l->hooks && l->hooks->score, &l->data)));
+  esp_loop_phase(l, "plan");
+  ESP_TRY(esp_comm_agree(l->comm, esp_train_plan(r, &l->data, l->comm, l->hooks, &l->plan)));
+  ESP_TRY(esp_comm_agree(l->comm, refuse_memory(l->plan.plan)));
+  l->total_steps = l->plan.plan->steps;
+  ESP_TRY(make_matrix(l));
+  ESP_TRY(esp_rundir_prepare(r, l->comm, resume, l->opt && l->opt->overwrite));
+  return resume ? find_checkpoint(l) : ESP_OK;
+}
+
+static esp_status run(esp_loop *l, bool resume) {
+  ESP_TRY(prepare(l, resume));
+  esp_cursor *at = &l->state.at;
+  esp_status st = ESP_OK;
+  if (l->comm->rank == 0) st = esp_metrics_open(&l->metrics, l->r, l->state.jsonl_bytes, l->state.events_bytes);
+  ESP_TRY(esp_comm_agree(l->comm, st));
+  bool resumed = l->checkpoint[0] != '\0';
+  if (resumed && at->task >= l->r->n_tasks) {
+    esp_loop_note(l, "the run was already finished");
+    return ESP_OK;
+  }
+  esp_loop_phase(l, "load");
+  esp_mem_stats_reset_peak(); /* the plan's books are closed: from here the peak is the run's own */
+  ESP_TRY(esp_comm_agree(l->comm, esp_engine_init(&l->engine, l->r, l->comm, "cpu")));
+  ESP_TRY(begin_task(l, (int)at->task, true));
+  if (resumed) ESP_TRY(restore(l));
+  if (!resumed && l->matrix) {
+    /* A new adapter changes nothing yet: row 0 is the untouched base. */
+    if (l->r->continual.baseline) ESP_TRY(esp_loop_matrix_row(l, 0));
+    ESP_TRY(checkpoint(l));
+  }
+  return tasks_loop(l);
+}
+
+esp_status esp_train_run(const esp_recipe *r, esp_comm *comm, const esp_train_hooks *hooks, bool resume,
+                         const esp_run_options *opt, esp_run_result *result) {
+  esp_loop *l = esp_mem_alloc(ESP_MEM_HOST, sizeof *l);
+  if (!l) return ESP_ERR_MEMORY;
+  l->r = r, l->comm = comm, l->hooks = hooks, l->opt = opt;
+  l->phase = "data";
+  l->started = esp_now();
+  l->state.last_loss = l->state.best = NAN;
+  esp_status st = ESP_OK;
+  if (r->parallel.threads > 0) st = esp_threads_init(r->parallel.threads);
+  if (st == ESP_OK) st = run(l, resume);
+  if (st == ESP_OK) {
+    st = esp_loop_result(l, result);
+    esp_event e = esp_loop_event(l, ESP_EVENT_RUN_END);
+    e.path = r->checkpoint.output_dir;
+    esp_loop_emit(l, &e);
+  }
+  esp_metrics_close(&l->metrics);
+  esp_rows_deinit(&l->rows);
+  esp_engine_deinit(&l->engine);
+  esp_matrix_destroy(l->matrix);
+  esp_plan_detail_deinit(&l->plan);
+  esp_train_data_deinit(&l->data);
+  esp_mem_free(l);
+  return st;
+}

@@ -1,0 +1,76 @@
+/* rundir.c: the run directory: recipe.yaml (resolved), metrics.jsonl, adapters/<task>, bases/<task>, checkpoints/,
+ * matrix.json, best/, result.json. */
+#include <stdio.h>
+#include <string.h>
+
+#include "core/strbuf.h"
+#include "io/file.h"
+#include "train/loop.h"
+
+static bool holds_run(const char *dir) {
+  char path[ESP_PATH];
+  return esp_file_exists(esp_path_join(path, sizeof path, dir, "recipe.yaml")) ||
+         esp_dir_exists(esp_path_join(path, sizeof path, dir, "checkpoints"));
+}
+
+/* Only what a run writes: the directory may hold the user's own files. */
+static esp_status remove_run(const char *dir) {
+  static const char *const files[] = {"recipe.yaml", "metrics.jsonl", "events.out.tfevents.0.espalier",
+                                      "matrix.json", "result.json",   "plan.json"};
+  static const char *const folders[] = {"checkpoints", "adapters", "bases", "best"};
+  char path[ESP_PATH];
+  for (size_t i = 0; i < sizeof folders / sizeof *folders; i++)
+    if (esp_dir_exists(esp_path_join(path, sizeof path, dir, folders[i]))) ESP_TRY(esp_remove_tree(path));
+  for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+    if (esp_file_exists(esp_path_join(path, sizeof path, dir, files[i])) && remove(path) != 0)
+      return esp_fail(ESP_ERR_DATA, "%s: cannot be removed", path);
+  return ESP_OK;
+}
+
+static esp_status prepare(const esp_recipe *r, bool resume, bool overwrite) {
+  const char *dir = r->checkpoint.output_dir;
+  char path[ESP_PATH];
+  if (resume) {
+    if (!holds_run(dir)) return esp_fail(ESP_ERR_DATA, "%s: holds no run to resume", dir);
+    return esp_checkpoint_prune(r, 0); /* what a kill left half-written */
+  }
+  if (holds_run(dir)) {
+    if (!overwrite)
+      return esp_fail(
+          ESP_ERR_RECIPE,
+          "checkpoint.output_dir %s already holds a run: resume it, name another directory, or overwrite it", dir);
+    ESP_TRY(remove_run(dir));
+  }
+  ESP_TRY(esp_mkdirs(dir));
+  char *text = esp_recipe_resolved(r);
+  if (!text) return ESP_ERR_MEMORY;
+  esp_status st = esp_file_write_atomic(esp_path_join(path, sizeof path, dir, "recipe.yaml"), text, strlen(text));
+  esp_mem_free(text);
+  return st;
+}
+
+esp_status esp_rundir_prepare(const esp_recipe *r, esp_comm *comm, bool resume, bool overwrite) {
+  return esp_comm_agree(comm, comm->rank == 0 ? prepare(r, resume, overwrite) : ESP_OK);
+}
+
+esp_status esp_rundir_base(const esp_loop *l, char out[ESP_PATH]) {
+  if (l->state.base[0])
+    esp_path_join(out, ESP_PATH, l->r->checkpoint.output_dir, l->state.base);
+  else
+    snprintf(out, ESP_PATH, "%s", l->r->model.base_model);
+  return ESP_OK;
+}
+
+esp_status esp_train_last(const esp_recipe *r, char base[ESP_PATH], char adapter[ESP_PATH]) {
+  char rel[ESP_PATH];
+  snprintf(base, ESP_PATH, "%s", r->model.base_model);
+  if (r->continual.policy == ESP_POLICY_MERGE_THEN_NEW && r->n_tasks > 1) {
+    snprintf(rel, sizeof rel, "bases/%s", r->tasks[r->n_tasks - 2].name);
+    esp_path_join(base, ESP_PATH, r->checkpoint.output_dir, rel);
+  }
+  snprintf(rel, sizeof rel, "adapters/%s", r->tasks[r->n_tasks - 1].name);
+  esp_path_join(adapter, ESP_PATH, r->checkpoint.output_dir, rel);
+  if (!esp_dir_exists(adapter))
+    return esp_fail(ESP_ERR_DATA, "%s: the run has not finished its last task", r->checkpoint.output_dir);
+  return ESP_OK;
+}
