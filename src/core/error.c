@@ -6,7 +6,7 @@
 
 #include "espalier/status.h"
 
-#define MESSAGE_BYTES 2048
+#define MESSAGE_BYTES 16384 /* a recipe's errors, one line each */
 
 static _Thread_local char message[MESSAGE_BYTES];
 
