@@ -114,13 +114,18 @@ def main():
         sets.append((name, json.loads(t.to_str()), t))
     result = []
     for name, source, t in sets:
+        # The package decodes an added token that is matched on normalised text as its *normalised* content, which then is
+        # no special token any more: those texts are not compared.
+        renamed = t.normalizer is not None and any(
+            a.normalized and t.normalizer.normalize_str(a.content) != a.content
+            for a in t.get_added_tokens_decoder().values())
         cases = []
         for _ in range(n if isinstance(source, str) else small):
             text = text_of(rng)
             ids = t.encode(text, add_special_tokens=False).ids
             with_special = t.encode(text).ids
-            cases.append([text, ids, with_special, t.decode(with_special, skip_special_tokens=False),
-                          t.decode(with_special, skip_special_tokens=True)])
+            decoded = [None if renamed else t.decode(with_special, skip_special_tokens=skip) for skip in (False, True)]
+            cases.append([text, ids, with_special] + decoded)
         result.append({"name": name, "tokenizer": source, "cases": cases})
     with open(out, "w", encoding="utf-8") as f:
         json.dump(result, f, ensure_ascii=True, separators=(",", ":"))
