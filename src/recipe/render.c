@@ -285,7 +285,7 @@ static void write_task_data(writer *w, const esp_key *k, const void *task, int i
   const esp_section *s = esp_schema_section("data");
   const void *base = (const void *)((uintptr_t)task + s->task_offset - s->recipe_offset);
   const esp_object *data = section_object("data");
-  if (!section_given(w, data, s, base)) {
+  if (w->for_hash || !section_given(w, data, s, base)) {
     write_list(w, k, task, indent);
     return;
   }
@@ -317,7 +317,7 @@ static void write_object(writer *w, const esp_object *o, const void *base, int i
     const void *field = esp_field(base, k->offset);
     if (k->flags & ESP_K_INPUT_ONLY) continue;
     if (k == epochs && *(const int64_t *)esp_field(base, steps->offset)) continue; /* only one of them can hold */
-    if (w->for_hash && (k->flags & ESP_K_NOHASH)) continue;
+    if (w->for_hash && (k->flags & ESP_K_NOHASH || k->type == ESP_T_OVERRIDE)) continue;
     if (only_given && !(esp_key_per_task(k, only_given) && esp_origin_get(w->r, field))) continue;
     const esp_section *s = k->type == ESP_T_OVERRIDE ? esp_schema_section(k->name) : NULL;
     const void *moved = s ? (const void *)((uintptr_t)base + s->task_offset - s->recipe_offset) : base;
