@@ -6,9 +6,9 @@
 
 #include "adapters/internal.h"
 
-/* Above this many active adapters the tails of a group may not fit in the model's list: they are then added in
- * `output`. */
-enum { MANY = 8 };
+/* A product takes at most ROOM tails. Above MANY active adapters they may not fit: a kind then adds the rest in
+ * `output` and `input_bwd`. Token rows come first, because they have no other way. */
+enum { MANY = 4, ROOM = 16 };
 
 /* One per model with active adapters, found again through its hooks. Slots are per adapter: one forward and backward
  * is in flight at a time, and a recomputed block writes them anew. */
@@ -36,9 +36,10 @@ static void on_input(void *ctx, esp_run *run, esp_group *g, esp_tensor *x, void 
 static int on_tails(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot) {
   active_set *c = ctx;
   int n = 0;
+  if (max > ROOM) max = ROOM;
+  for (int k = 0; k < c->n; k++) n += esp_train_modules_tails(c->list[k], run, g, x, tails + n, max - n);
   for (int k = 0; k < c->n; k++) {
     esp_adapter *a = c->list[k];
-    n += esp_train_modules_tails(a, run, g, x, tails + n, max - n);
     if (a->kind->tails) n += a->kind->tails(a, run, g, x, tails + n, max - n, gslot(c, g, k));
   }
   return n;
@@ -60,10 +61,11 @@ static int on_tails_bwd(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp
                         void **slot) {
   active_set *c = ctx;
   int n = 0;
+  if (max > ROOM) max = ROOM;
+  for (int k = c->n - 1; k >= 0; k--) n += esp_train_modules_tails_bwd(c->list[k], run, g, x, dy, tails + n, max - n);
   for (int k = c->n - 1; k >= 0; k--) {
     esp_adapter *a = c->list[k];
     if (a->kind->tails_bwd) n += a->kind->tails_bwd(a, run, g, x, dy, tails + n, max - n, gslot(c, g, k));
-    n += esp_train_modules_tails_bwd(a, run, g, x, dy, tails + n, max - n);
     if (a->trainable) a->backwards++;
   }
   return n;

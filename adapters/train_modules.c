@@ -332,8 +332,15 @@ static bool is_tied_head(const esp_adapter *a, const esp_group *g) {
   return t->tokens >= 0 && t->head && t->head->group == g;
 }
 
+static bool no_room(esp_run *run, int max) {
+  if (max >= 1) return false;
+  if (run->be->sticky == ESP_OK)
+    run->be->sticky = esp_fail(ESP_ERR_RECIPE, "too many active adapters with trainable tokens on a tied head");
+  return true;
+}
+
 int esp_train_modules_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max) {
-  if (!is_tied_head(a, g) || max < 1) return 0;
+  if (!is_tied_head(a, g) || no_room(run, max)) return 0;
   esp_train_modules *t = a->modules;
   esp_tensor rows = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), t->n_tokens);
   int64_t mark = esp_stack_mark(run->stack);
@@ -345,7 +352,7 @@ int esp_train_modules_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tens
 
 int esp_train_modules_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy,
                                 esp_tail *tails, int max) {
-  if (!is_tied_head(a, g) || max < 1) return 0;
+  if (!is_tied_head(a, g) || no_room(run, max)) return 0;
   esp_train_modules *t = a->modules;
   const esp_backend_ops *ops = run->be->ops;
   esp_tensor d_rows = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), t->n_tokens);
