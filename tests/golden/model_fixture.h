@@ -85,7 +85,7 @@ static void fx_train_all(fx *f) {
 }
 
 static void fx_batch(fx *f, const char *dir) {
-  char path[512];
+  char path[1024];
   snprintf(path, sizeof path, "%s/expect.safetensors", dir);
   FX_OK(esp_st_open(path, &f->expect));
   static int32_t positions[256];
