@@ -14,6 +14,17 @@ static const char *type_name(const json_t *j) {
 
 esp_status esp_json_parse(const char *text, size_t n, const char *path, json_t **out) {
   json_error_t e;
+  *out = NULL;
+  /* A raw zero byte is never legal, and the parser loses one that it pushes back (after a number, say). */
+  const char *zero = n ? memchr(text, 0, n) : NULL;
+  if (zero) {
+    int line = 1, column = 1;
+    for (const char *p = text; p < zero; p++) {
+      column = *p == '\n' ? 1 : column + 1;
+      line += *p == '\n';
+    }
+    return esp_fail(ESP_ERR_DATA, "%s:%d:%d: not valid JSON: a zero byte", path, line, column);
+  }
   /* Any value at the top (the caller asks for the type it wants); strings may hold \u0000 (tokenizer vocabularies). */
   json_t *j = json_loadb(text ? text : "", n, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &e);
   *out = j;
