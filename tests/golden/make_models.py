@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
 ROTARY = dict(hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
               vocab_size=45, max_position_embeddings=64, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
-# (folder, config as transformers 5 writes it; old: rewritten in the spelling of transformers 4)
+# (folder, config as transformers 5 writes it, with theta so small that llama3 has a blended frequency; old: rewritten in the spelling of transformers 4)
 MODELS = [
     ("llama", dict(model_type="llama", tie_word_embeddings=True, **ROTARY,
-                   rope_parameters=dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0,
+                   rope_parameters=dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0,
                                         high_freq_factor=4.0, original_max_position_embeddings=32)), False),
     ("llama_bias", dict(model_type="llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True,
                         **{**ROTARY, "head_dim": 12, "num_key_value_heads": 1},
