@@ -50,9 +50,9 @@ ESP_API esp_status esp_export(const esp_export_options *o, esp_extract_result *o
 /* A model directory, an adapter directory, a checkpoint, a run or a safetensors file. */
 ESP_API esp_status esp_inspect(const char *path, int json, char **text);
 /* The score matrix of a run with ACC, BWT, FWT and forgetting and their formulas. */
-ESP_API esp_status esp_matrix(const char *run_dir, int json, char **text);
+ESP_API esp_status esp_run_matrix(const char *run_dir, int json, char **text);
 /* A self-contained HTML page; out NULL: <run_dir>/report.html. */
-ESP_API esp_status esp_report(const char *run_dir, const char *out);
+ESP_API esp_status esp_run_report(const char *run_dir, const char *out);
 /* What this machine offers and what is used of it; calibrate: measures its matmul and memory ceilings. */
 ESP_API esp_status esp_doctor(int calibrate, int json, char **text);
 /* The recipe's schema: "text", "json" or "markdown". NULL on failure. */

@@ -1,0 +1,17 @@
+/* api.h: what the files of this room share. */
+#ifndef ESP_API_API_H
+#define ESP_API_API_H
+
+#include "espalier/espalier.h"
+#include "train/train.h"
+
+struct esp_job {
+  esp_recipe *recipe;
+};
+
+/* hooks.c: evaluation and merging for the loop. */
+extern const esp_train_hooks esp_api_hooks;
+/* after.c: the `after` steps of a finished run. Rank 0 only. */
+esp_status esp_api_after(const esp_recipe *r, const esp_run_options *opt);
+
+#endif
