@@ -15,6 +15,8 @@ static struct {
   esp_gscratch *scratch;
   float *partial;
   size_t partial_bytes;
+  char *panels; /* an operand b made for all threads */
+  size_t panels_bytes;
   uint64_t next_id;
 } g;
 
@@ -24,8 +26,21 @@ void esp_cpu_gemm_shutdown(void) {
   esp_mem_free(g.partial);
   g.threads = 0;
   g.scratch = NULL;
+  esp_mem_free(g.panels);
   g.partial = NULL;
   g.partial_bytes = 0;
+  g.panels = NULL;
+  g.panels_bytes = 0;
+}
+
+static esp_status ensure(void **buf, size_t *have, size_t want) {
+  if (want <= *have) return ESP_OK;
+  esp_mem_free(*buf);
+  *have = 0;
+  *buf = esp_mem_alloc(ESP_MEM_WORKSPACE, want);
+  if (!*buf) return ESP_ERR_MEMORY;
+  *have = want;
+  return ESP_OK;
 }
 
 static size_t round64(size_t n) {
@@ -73,6 +88,9 @@ static int64_t even_block(int64_t n, int64_t most) {
 
 enum { ESP_GEMM_MIN_CHUNKS = 8 };
 
+#define TUNE_NB 640
+#define TUNE_B (1024 * 1024)
+#define TUNE_MB 256
 static void plan_amx(esp_gjob *j) {
   int64_t kpad = esp_max64(round32(j->k), 32);
   bool fill_a = j->a.kind == ESP_GOPER_COLS, fill_b = j->b.kind != ESP_GOPER_VNNI;
@@ -87,17 +105,17 @@ static void plan_amx(esp_gjob *j) {
     j->nb = 64;
     return;
   }
-  j->kb = kpad <= 2048 ? kpad : 1536;
-  int64_t nb = (640 * 1024 / (2 * j->kb)) & ~(int64_t)31;
-  nb = esp_max64(64, esp_min64(nb, 384));
-  int64_t mb = fill_a ? 256 : fill_b ? 1024 : 256;
-  j->mb = even_block(j->m, mb);
-  j->nb = even_block(j->n, nb);
+  /* a block of b (columns x contraction) stays in the second-level cache while the rows pass by; wide blocks first,
+   * so that a is read few times */
+  j->nb = even_block(j->n, TUNE_NB);
+  j->kb = even_block(j->k > 0 ? j->k : 1, esp_max64(32, (TUNE_B / (2 * j->nb)) & ~(int64_t)31));
+  bool refill = fill_b && j->kb < kpad; /* each row block makes b again */
+  j->mb = even_block(j->m, refill ? 1024 : TUNE_MB);
   while (esp_ceil_div(j->m, j->mb) * esp_ceil_div(j->n, j->nb) < ESP_GEMM_MIN_CHUNKS) {
-    if (j->nb > 96)
-      j->nb = even_block(j->n, j->nb - 32);
-    else if (j->mb > 128)
+    if (j->mb > 128)
       j->mb = even_block(j->m, j->mb / 2);
+    else if (j->nb > 96)
+      j->nb = even_block(j->n, j->nb / 2);
     else
       break;
   }
@@ -152,6 +170,26 @@ static void reduce_fn(void *ctx, int64_t chunk, int thread) {
   }
 }
 
+enum { SHARE_LEAST = 64 * 1024, SHARE_MOST = 16 * 1024 * 1024 };
+
+static void share_fn(void *ctx, int64_t chunk, int thread) {
+  const esp_gjob *j = ctx;
+  (void)thread;
+  esp_gemm_amx_fill_panel(g.panels, &j->b, chunk, j->n, j->k);
+}
+
+/* Makes all panels of b once for all threads, when they are more than a trifle and no more than a few megabytes: the
+ * price of one stored copy of a frozen weight is then paid once per product, not once per thread and row block. */
+static esp_status share_b(esp_gjob *j) {
+  int64_t blocks = esp_ceil_div(j->k, 32), bytes = esp_ceil_div(j->n, 32) * blocks * ESP_GEMM_BLOCK;
+  bool thin = j->a.kind == ESP_GOPER_COLS && j->m <= 64;
+  if (j->b.kind == ESP_GOPER_VNNI || thin || bytes < SHARE_LEAST || bytes > SHARE_MOST || j->m < 64) return ESP_OK;
+  ESP_TRY(ensure((void **)&g.panels, &g.panels_bytes, (size_t)bytes));
+  esp_parallel(esp_ceil_div(j->n, 32), share_fn, j);
+  j->b = (esp_goper){g.panels, ESP_BF16, ESP_GOPER_VNNI, blocks};
+  return ESP_OK;
+}
+
 static bool is_bf16_job(const esp_gjob *j) {
   bool all = j->a.dtype == ESP_BF16 && j->b.dtype == ESP_BF16;
   for (int i = 0; i < j->n_tails; i++) all = all && j->tails[i].a.dtype == ESP_BF16 && j->tails[i].b.dtype == ESP_BF16;
@@ -164,10 +202,12 @@ static esp_status run(esp_gjob *j) {
   j->amx = is_bf16_job(j) && (packed || esp_cpu_isa() == ESP_ISA_AMX);
   if (packed && !j->amx) return esp_fail(ESP_ERR_INTERNAL, "a product with packed bf16 weights needs bf16 operands");
   j->id = ++g.next_id;
-  if (j->amx)
+  if (j->amx) {
+    ESP_TRY(share_b(j));
     plan_amx(j);
-  else
+  } else {
     plan_blas(j);
+  }
   j->nmb = esp_ceil_div(j->m, j->mb);
   j->nnb = esp_ceil_div(j->n, j->nb);
   j->nkc = esp_max64(1, esp_ceil_div(j->k, j->kc));
@@ -175,13 +215,7 @@ static esp_status run(esp_gjob *j) {
   ESP_TRY(ensure_scratch(&z));
   if (j->nkc > 1) {
     size_t bytes = (size_t)(j->nkc * j->m * round32(j->n)) * sizeof(float);
-    if (bytes > g.partial_bytes) {
-      esp_mem_free(g.partial);
-      g.partial_bytes = 0;
-      g.partial = esp_mem_alloc(ESP_MEM_WORKSPACE, bytes);
-      if (!g.partial) return ESP_ERR_MEMORY;
-      g.partial_bytes = bytes;
-    }
+    ESP_TRY(ensure((void **)&g.partial, &g.partial_bytes, bytes));
     j->partial = g.partial;
   }
   if (!j->amx) esp_gemm_blas_init();

@@ -136,6 +136,11 @@ static void fill_b(uint16_t *dst, const esp_goper *o, int64_t n0, int64_t n, int
   }
 }
 
+void esp_gemm_amx_fill_panel(void *panels, const esp_goper *b, int64_t p, int64_t n, int64_t k) {
+  uint16_t *dst = (uint16_t *)panels + p * esp_ceil_div(k, 32) * 1024;
+  fill_b(dst, b, 32 * p, esp_min64(32, n - 32 * p), 0, n, 0, k);
+}
+
 static void fill_a(uint16_t *dst, const esp_goper *o, int64_t m0, int64_t m, int64_t k0, int64_t nk) {
   const uint16_t *p = o->data;
   int64_t blocks = esp_ceil_div(nk, 32);
@@ -192,6 +197,16 @@ static void prefetch_rows(const esp_goper *o, int64_t m, int64_t m_end, int64_t 
   }
 }
 
+/* The result's lines arrive while the product is made. */
+static void prefetch_result(const esp_gjob *j, int64_t m, int64_t n, int64_t rows) {
+  int64_t es = j->c_type == ESP_F32 ? 4 : 2;
+  const char *p = (const char *)j->c + (m * j->ldc + n) * es;
+  for (int64_t r = 0; r < rows; r++, p += j->ldc * es) {
+    __builtin_prefetch(p, 1, 3);
+    if (es == 4) __builtin_prefetch(p + 64, 1, 3);
+  }
+}
+
 /* 32 rows against the columns of a block, over contraction [k0, k0+nk). The rows are taken in runs that fit the
  * first-level cache beside what streams past; between runs the sums rest in `keep`. */
 static void run_stripe(const stripe *st, const char *own_a, int64_t k0, int64_t nk, const char *b, int64_t b_panel,
@@ -234,6 +249,7 @@ static void run_stripe(const stripe *st, const char *own_a, int64_t k0, int64_t 
       float done[32 * 32] __attribute__((aligned(64)));
       float *keep = st->keep + (n - st->n0);
       bool begin = st->first && r == 0, store = last && !st->parts;
+      if (store && !j->c_trans) prefetch_result(j, st->m, n, st->rows);
       multiply_any(segs, n_segs, begin ? NULL : keep, st->ld_keep, store ? done : keep, store ? 32 : st->ld_keep,
                    st->rows > 16, cols > 16);
       if (!store) continue;
