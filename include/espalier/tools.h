@@ -16,15 +16,16 @@ typedef struct esp_merge_options {
   const char *const *adapters;   /* PEFT directories, merged in order */
   const double *adapter_weights; /* NULL: 1 each */
   int n_adapters;
-  const char *out;         /* model directory to write */
-  const char *dtype;       /* NULL: as stored */
-  int64_t verify;          /* samples whose logits are compared, merged against unmerged; 0: none */
-  const char *verify_text; /* file of text or JSONL to take them from; NULL: built-in */
+  const char *out;   /* model directory to write */
+  const char *dtype; /* NULL: as stored */
+  int64_t verify;    /* samples whose logits are compared, merged against unmerged; 0: none */
 } esp_merge_options;
 typedef struct esp_merge_result {
-  int64_t tensors, changed; /* written, of them changed */
-  double max_abs, max_rel;  /* logits, verified */
+  int64_t tensors, changed;     /* written, of them changed */
+  double max_delta, lost_share; /* largest change of a weight; share of changed weights that rounding undid */
+  double max_abs, max_rel;      /* logits, verified */
   double top1_agreement;
+  int64_t rows; /* compared */
 } esp_merge_result;
 ESP_API esp_status esp_merge(const esp_merge_options *o, esp_merge_result *out);
 

@@ -58,3 +58,16 @@ esp_status esp_engine_stack(esp_engine *e, int64_t capacity) {
   e->stack_ready = true;
   return ESP_OK;
 }
+
+void esp_engine_parameters(const esp_engine *e, int64_t *trainable, int64_t *total) {
+  esp_site **sites;
+  int n = esp_model_sites(e->model, &sites);
+  bool tied = esp_model_describe(e->model)->tied;
+  *trainable = *total = 0;
+  for (int i = 0; i < n; i++) {
+    if (sites[i]->is_head && tied) continue; /* the embedding's storage */
+    *total += sites[i]->out * sites[i]->in + (sites[i]->bias_tensor ? sites[i]->out : 0);
+  }
+  for (int i = 0; e->adapter && i < e->adapter->params->count; i++)
+    if (!e->adapter->params->list[i].frozen) *trainable += e->adapter->params->list[i].numel;
+}

@@ -93,18 +93,6 @@ out:
   return st;
 }
 
-static void count_parameters(const esp_engine *e, esp_plan *p) {
-  esp_site **sites;
-  int n = esp_model_sites(e->model, &sites);
-  bool tied = esp_model_describe(e->model)->tied;
-  for (int i = 0; i < n; i++) {
-    if (sites[i]->is_head && tied) continue;
-    p->parameters += sites[i]->out * sites[i]->in + (sites[i]->bias_tensor ? sites[i]->out : 0);
-  }
-  for (int i = 0; i < e->adapter->params->count; i++)
-    if (!e->adapter->params->list[i].frozen) p->trainable += e->adapter->params->list[i].numel;
-}
-
 esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm *comm, const esp_train_hooks *hooks,
                           esp_plan_detail *out) {
   esp_status st = ESP_OK;
@@ -131,7 +119,7 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
     t->trained_tokens = c->weight, t->flops = flops * (double)c->tokens;
     p->steps += c->steps, p->tokens += c->tokens, p->flops += t->flops;
     if (c->max_tokens > p->micro_batch_tokens) p->micro_batch_tokens = c->max_tokens;
-    if (i == 0) count_parameters(&e, p);
+    if (i == 0) esp_engine_parameters(&e, &p->trainable, &p->parameters);
   }
   p->flops_per_step = p->steps ? p->flops / (double)p->steps : 0;
   out->stack_bytes = e.stack.high;
