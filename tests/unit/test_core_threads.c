@@ -13,6 +13,14 @@
 
 #include "core/threads.h"
 
+#ifdef __SANITIZE_THREAD__
+/* The sanitizer ends a forked child that starts threads unless told otherwise; test_fork does just that. */
+const char *__tsan_default_options(void);
+const char *__tsan_default_options(void) {
+  return "die_after_fork=0";
+}
+#endif
+
 typedef struct count_job {
   _Atomic int hits[1000];
   _Atomic int wrong;
