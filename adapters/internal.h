@@ -14,10 +14,11 @@ extern const esp_adapter_kind esp_kind_lora, esp_kind_full, esp_kind_none;
  * earlier by esp_regex_check. */
 esp_status esp_regex_check(const char *key, const char *pattern);
 bool esp_regex_full(const char *pattern, const char *text);
-/* re.match; group (optional) receives the text of capture group 1. */
+/* re.match; group (optional) receives the text of the capture group named idx. */
 bool esp_regex_match(const char *pattern, const char *text, char *group, size_t group_size);
 bool esp_target_is_all_linear(const esp_adapter_cfg *cfg);
 bool esp_in_modules_to_save(const esp_adapter_cfg *cfg, const char *path);
+bool esp_saved_in_full(const esp_adapter_cfg *cfg, const char *path);
 double esp_pattern_value(const esp_pattern *list, int n, const char *path, double fallback);
 esp_status esp_target_check(const esp_adapter_cfg *cfg);
 /* Fills a->targeted. strict: every listed name must match a site (recipes; files of other versions may name more). */

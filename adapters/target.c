@@ -39,7 +39,7 @@ static bool run_regex(const char *pattern, const char *text, bool full, char *gr
   int rc = match ? pcre2_match(code, (PCRE2_SPTR)text, strlen(text), 0, 0, match, NULL) : -1;
   if (rc >= 2 && group) {
     PCRE2_SIZE n = group_size;
-    if (pcre2_substring_copy_bynumber(match, 1, (PCRE2_UCHAR *)group, &n) != 0) group[0] = 0;
+    if (pcre2_substring_copy_byname(match, (PCRE2_SPTR) "idx", (PCRE2_UCHAR *)group, &n) != 0) group[0] = 0;
   }
   pcre2_match_data_free(match);
   pcre2_code_free(code);
@@ -74,6 +74,21 @@ bool esp_in_modules_to_save(const esp_adapter_cfg *cfg, const char *path) {
   return false;
 }
 
+/* The modules that are copied: every one, leaf or container, whose path ends with the name, with or without a dot
+ * before it ("norm" is also "input_layernorm"); other._set_trainable. */
+bool esp_saved_in_full(const esp_adapter_cfg *cfg, const char *path) {
+  for (int i = 0; i < cfg->n_modules_to_save; i++) {
+    const char *m = cfg->modules_to_save[i];
+    size_t k = strlen(m);
+    for (const char *end = path;; end++) {
+      if (*end && *end != '.') continue;
+      if ((size_t)(end - path) >= k && memcmp(end - k, m, k) == 0) return true;
+      if (!*end) break;
+    }
+  }
+  return false;
+}
+
 static bool excluded(const esp_adapter_cfg *cfg, const char *path) {
   if (cfg->exclude_regex && esp_regex_full(cfg->exclude_regex, path)) return true;
   for (int i = 0; i < cfg->n_exclude; i++)
@@ -81,14 +96,14 @@ static bool excluded(const esp_adapter_cfg *cfg, const char *path) {
   return false;
 }
 
-/* layers_to_transform: the number behind the first "<anything>.<name>." (or behind layers_pattern). */
+/* layers_to_transform: the first number behind "<anything>.<name>." (or behind layers_pattern). */
 static bool layer_allowed(const esp_adapter_cfg *cfg, const char *path) {
   if (cfg->n_layers == 0) return true;
   char pattern[512], number[32] = "";
   if (cfg->layers_pattern && cfg->layers_pattern[0])
-    snprintf(pattern, sizeof pattern, ".*?\\.(?:%s)\\.(\\d+)\\.", cfg->layers_pattern);
+    snprintf(pattern, sizeof pattern, "(?:^|.*?\\.)(?:%s)\\.(?P<idx>\\d+)\\.", cfg->layers_pattern);
   else
-    snprintf(pattern, sizeof pattern, ".*?\\.[^.]*\\.(\\d+)\\.");
+    snprintf(pattern, sizeof pattern, ".*?\\.[^.]*\\.(?P<idx>\\d+)\\.");
   if (!esp_regex_match(pattern, path, number, sizeof number)) return false;
   int layer = atoi(number);
   for (int i = 0; i < cfg->n_layers; i++)

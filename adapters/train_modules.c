@@ -51,7 +51,7 @@ esp_status esp_mark_transposed(esp_adapter *a, int index) {
 }
 
 static bool wants_weight(const esp_adapter *a, const esp_site *s) {
-  return a->kind->whole_base || esp_in_modules_to_save(&a->cfg, s->path);
+  return a->kind->whole_base || esp_saved_in_full(&a->cfg, s->path);
 }
 
 static bool wants_bias(const esp_adapter *a, const esp_site *s) {
@@ -153,12 +153,14 @@ esp_status esp_train_modules_declare(esp_adapter *a) {
   for (int k = 0; k < a->cfg.n_modules_to_save; k++) {
     bool found = false;
     esp_adapter_cfg one = {.modules_to_save = &a->cfg.modules_to_save[k], .n_modules_to_save = 1};
-    for (int i = 0; i < n && !found; i++) found = esp_in_modules_to_save(&one, sites[i]->path);
+    for (int i = 0; i < n && !found; i++) found = esp_saved_in_full(&one, sites[i]->path);
     if (!found)
       return esp_fail(ESP_ERR_RECIPE, "adapter.modules_to_save: '%s' matches no module of the base",
                       a->cfg.modules_to_save[k]);
   }
   for (int i = 0; i < n; i++) {
+    if (a->targeted[i] && wants_weight(a, sites[i]))
+      return esp_fail(ESP_ERR_RECIPE, "adapter.target: %s is also in modules_to_save", sites[i]->path);
     if (sites[i]->kind != ESP_SITE_LINEAR)
       ESP_TRY(declare_site(a, sites[i], sites));
     else if (sites[i]->group->sites[0] == sites[i])

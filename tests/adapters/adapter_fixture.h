@@ -50,7 +50,7 @@ typedef struct fx_run { /* an opened base with its stack */
 
 static char fx_root[64];
 
-static const char *fx_path(const char *name) {
+static inline const char *fx_path(const char *name) {
   static char path[4][256];
   static int at;
   at = (at + 1) % 4;
@@ -58,21 +58,21 @@ static const char *fx_path(const char *name) {
   return path[at];
 }
 
-static void fx_open(fx_run *r, const char *dir, esp_dtype compute, bool random) {
+static inline void fx_open(fx_run *r, const char *dir, esp_dtype compute, bool random) {
   esp_model_options opt = {.compute = compute, .random_init = random, .seed = 7};
   OK(esp_backend_create("cpu", &r->be));
   OK(esp_model_open(dir, r->be, &opt, &r->m));
   OK(esp_stack_init(&r->stack, r->be, 16 << 20));
 }
 
-static void fx_close(fx_run *r) {
+static inline void fx_close(fx_run *r) {
   esp_stack_deinit(&r->stack);
   esp_model_close(r->m);
   esp_backend_destroy(r->be);
 }
 
 /* Adds sd * N(0,1) to every parameter. */
-static void fx_shake(esp_adapter *a, float sd, uint64_t seed) {
+static inline void fx_shake(esp_adapter *a, float sd, uint64_t seed) {
   for (int i = 0; i < a->params->count; i++) {
     int64_t n = a->params->list[i].numel;
     float *x = malloc((size_t)n * sizeof *x);
@@ -83,7 +83,7 @@ static void fx_shake(esp_adapter *a, float sd, uint64_t seed) {
   }
 }
 
-static void fx_make_base(const char *name, const char *config) {
+static inline void fx_make_base(const char *name, const char *config) {
   char dir[256];
   snprintf(dir, sizeof dir, "%s", fx_path("fresh"));
   OK(esp_mkdirs(dir));
@@ -98,7 +98,7 @@ static void fx_make_base(const char *name, const char *config) {
   fx_close(&r);
 }
 
-static void fx_setup(void) {
+static inline void fx_setup(void) {
   snprintf(fx_root, sizeof fx_root, "/tmp/esp-adapters-XXXXXX");
   if (!mkdtemp(fx_root)) abort();
   fx_make_base("qwen", fx_qwen);
@@ -106,7 +106,7 @@ static void fx_setup(void) {
   fx_make_base("gpt2", fx_gpt2);
 }
 
-static void fx_teardown(void) {
+static inline void fx_teardown(void) {
   if (esp_remove_tree(fx_root) != ESP_OK) fprintf(stderr, "%s\n", esp_error_message());
 }
 
@@ -117,7 +117,7 @@ typedef struct fx_batch {
   esp_batch b;
 } fx_batch;
 
-static void fx_fill(fx_batch *f) {
+static inline void fx_fill(fx_batch *f) {
   for (int i = 0; i < FX_T; i++) {
     int start = i < 9 ? 0 : 9;
     f->ids[i] = (int32_t)((i * 7 + 3) % 17 + (i % 5 == 0 ? 20 : 0));
@@ -137,21 +137,21 @@ static void fx_fill(fx_batch *f) {
                      .n_seqs = 2};
 }
 
-static void fx_logits(fx_run *r, const esp_batch *b, float *out) {
+static inline void fx_logits(fx_run *r, const esp_batch *b, float *out) {
   int32_t rows[FX_T];
   for (int i = 0; i < FX_T; i++) rows[i] = i;
   OK(esp_model_load_weights(r->m));
   OK(esp_model_logits(r->m, &r->stack, b, rows, (int)b->tokens, out));
 }
 
-static double fx_max_abs(const float *x, int64_t n) {
+static inline double fx_max_abs(const float *x, int64_t n) {
   double m = 0;
   for (int64_t i = 0; i < n; i++) m = x[i] > m ? x[i] : -x[i] > m ? -x[i] : m;
   return m;
 }
 
 /* max |a - b| / max |b| */
-static double fx_rel(const float *a, const float *b, int64_t n) {
+static inline double fx_rel(const float *a, const float *b, int64_t n) {
   double d = 0;
   for (int64_t i = 0; i < n; i++) {
     double e = (double)a[i] - (double)b[i];
@@ -160,7 +160,7 @@ static double fx_rel(const float *a, const float *b, int64_t n) {
   return d / fx_max_abs(b, n);
 }
 
-static double fx_loss(fx_run *r, const esp_batch *b, bool train, esp_ckpt_mode ckpt, int64_t draw) {
+static inline double fx_loss(fx_run *r, const esp_batch *b, bool train, esp_ckpt_mode ckpt, int64_t draw) {
   esp_loss_out out;
   OK(esp_model_load_weights(r->m));
   OK(esp_model_step(r->m, &r->stack, b, ckpt, train, 1.0f, 11, draw, &out, NULL));

@@ -1,0 +1,223 @@
+/* (Linked up to optim: it trains.) PEFT's own adapters on the bases of tests/golden/models: they load strictly, give
+ * PEFT's logits and gradients, train as PEFT trains (20 steps of AdamW), and its target matching is ours. Fixtures:
+ * tests/golden/make_peft.py. With ESP_PEFT_OUT=<dir> every trained adapter is saved there with its logits for
+ * tests/golden/check_peft.py. Mutation seen to be caught: alpha/r for rslora in new_site fails "parity" of `patterns`.
+ */
+#include <math.h>
+
+#include "adapter_fixture.h"
+#include "io/json.h"
+#include "optim/optim.h"
+
+static const struct {
+  const char *name, *base;
+  bool trains;
+} cases[] = {
+    {"llama", "llama", true},           {"gpt2", "gpt2", true},
+    {"patterns", "mistral", true},      {"embedding", "qwen3", true},
+    {"modules_to_save", "qwen3", true}, {"tokens_tied", "llama", true},
+    {"tokens_untied", "mistral", true}, {"lora_bias", "llama_bias", true},
+    {"bias_lora_only", "qwen2", true},  {"layers", "llama", true},
+    {"pissa", "llama", false},          {"olora", "mistral", false},
+};
+
+static const char *golden(const char *what, const char *name) {
+  static char path[2][600];
+  static int at;
+  at = !at;
+  snprintf(path[at], sizeof path[at], "%s/tests/golden/%s%s", ESP_SOURCE_DIR, what, name);
+  return path[at];
+}
+
+static const void *tensor(esp_st *st, const char *prefix, const char *name, int64_t *n) {
+  char key[600];
+  snprintf(key, sizeof key, "%s%s", prefix, name);
+  const esp_st_entry *e = esp_st_find(st, key);
+  if (!e) fail_msg("no '%s' in the fixture", key);
+  if (n) *n = e->bytes / 4;
+  void *copy = test_malloc((size_t)e->bytes);
+  memcpy(copy, e->data, (size_t)e->bytes);
+  return copy;
+}
+
+typedef struct batch {
+  esp_batch b;
+  float scale;
+} batch;
+
+static void load_batch(esp_st *st, int k, batch *out) {
+  char name[32];
+  int64_t n, cu;
+  snprintf(name, sizeof name, "%d", k);
+  out->b = (esp_batch){0};
+  out->b.ids = tensor(st, "ids.", name, &n);
+  out->b.targets = tensor(st, "targets.", name, NULL);
+  out->b.weights = tensor(st, "weights.", name, NULL);
+  out->b.cu_seqlens = tensor(st, "cu", "", &cu);
+  out->b.tokens = n;
+  out->b.n_seqs = (int)cu - 1;
+  int32_t *pos = test_malloc((size_t)n * sizeof *pos);
+  for (int s = 0; s < out->b.n_seqs; s++)
+    for (int32_t i = out->b.cu_seqlens[s]; i < out->b.cu_seqlens[s + 1]; i++) pos[i] = i - out->b.cu_seqlens[s];
+  out->b.positions = pos;
+  float sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += out->b.weights[i];
+  out->scale = 1.0f / sum;
+}
+
+static void free_batch(batch *b) {
+  test_free((void *)(uintptr_t)b->b.ids);
+  test_free((void *)(uintptr_t)b->b.targets);
+  test_free((void *)(uintptr_t)b->b.weights);
+  test_free((void *)(uintptr_t)b->b.cu_seqlens);
+  test_free((void *)(uintptr_t)b->b.positions);
+}
+
+/* Parameter i (master or gradient) in the file's orientation: only the A of an embedding is stored turned. */
+static void in_file_order(const esp_adapter *a, int i, const float *flat, float *out) {
+  const esp_param *p = &a->params->list[i];
+  const float *x = flat + p->offset;
+  bool turned = strstr(p->name, "lora_embedding_A") != NULL;
+  for (int64_t k = 0; k < p->numel; k++) out[turned ? (k % p->shape[1]) * p->shape[0] + k / p->shape[1] : k] = x[k];
+}
+
+static double worst(const esp_adapter *a, esp_st *st, const char *prefix, const float *flat, const char **where) {
+  double most = 0;
+  for (int i = 0; i < a->params->count; i++) {
+    const esp_param *p = &a->params->list[i];
+    int64_t n;
+    const float *want = tensor(st, prefix, p->name, &n);
+    float *have = test_malloc((size_t)p->numel * sizeof *have);
+    assert_int_equal(n, p->numel);
+    in_file_order(a, i, flat, have);
+    double d = fx_rel(have, want, n);
+    if (!(d <= most)) {
+      most = d;
+      *where = p->name;
+    }
+    test_free(have);
+    test_free((void *)(uintptr_t)want);
+  }
+  return most;
+}
+
+static void logits_of(fx_run *r, const esp_batch *b, float *out) {
+  int32_t rows[64];
+  for (int i = 0; i < (int)b->tokens; i++) rows[i] = i;
+  OK(esp_model_load_weights(r->m));
+  OK(esp_model_logits(r->m, &r->stack, b, rows, (int)b->tokens, out));
+}
+
+static void save_for_peft(fx_run *r, const esp_adapter *a, int i, const esp_batch *b) {
+  const char *out = getenv("ESP_PEFT_OUT");
+  if (!out) return;
+  char dir[600], path[700];
+  static float y[64 * 64];
+  snprintf(dir, sizeof dir, "%s/%s", out, cases[i].name);
+  OK(esp_adapter_save(a, dir));
+  logits_of(r, b, y);
+  snprintf(path, sizeof path, "%s/%s.logits.safetensors", out, cases[i].name);
+  esp_st_writer *w;
+  OK(esp_st_writer_create(path, &w));
+  int64_t vocab = esp_model_describe(r->m)->vocab, shape[2] = {b->tokens, vocab};
+  OK(esp_st_writer_declare(w, "logits", ESP_F32, 2, shape));
+  OK(esp_st_writer_put(w, "logits", y, b->tokens * vocab * 4));
+  OK(esp_st_writer_commit(w));
+}
+
+static void train_20(fx_run *r, esp_adapter *a, esp_st *st, int i) {
+  esp_optim_cfg cfg = {.name = "adamw", .lr = 5e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-4, .weight_decay = 0.1};
+  esp_optim *o;
+  OK(esp_optim_create(&cfg, a->params, &o));
+  const float *losses = tensor(st, "losses", "", NULL);
+  for (int step = 0; step < 20; step++) {
+    batch b;
+    esp_loss_out out;
+    load_batch(st, step % 4, &b);
+    esp_params_zero_grad(a->params);
+    OK(esp_model_step(r->m, &r->stack, &b.b, ESP_CKPT_OFF, true, b.scale, 1, step, &out, NULL));
+    double loss = out.loss_sum * b.scale;
+    if (!(fabs(loss - losses[step]) <= 1e-4 * fabs(losses[step])))
+      fail_msg("%s: step %d: loss %.7g, PEFT %.7g", cases[i].name, step, loss, losses[step]);
+    esp_optim_step(o, cfg.lr, 1.0f);
+    free_batch(&b);
+  }
+  const char *where = "";
+  double d = worst(a, st, "end.", a->params->master, &where);
+  if (!(d <= 1e-3)) fail_msg("%s: %s is %g away from PEFT's after 20 steps", cases[i].name, where, d);
+  print_message("    after 20 steps: worst %.2g (%s)\n", d, where);
+  test_free((void *)(uintptr_t)losses);
+  esp_optim_destroy(o);
+}
+
+static void parity(void **state) {
+  static float y[64 * 64];
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    char dir[600];
+    fx_run r;
+    esp_st *st;
+    esp_adapter *a;
+    batch b;
+    snprintf(dir, sizeof dir, "%s/expect.safetensors", golden("peft/", cases[i].name));
+    OK(esp_st_open(dir, &st));
+    fx_open(&r, golden("models/", cases[i].base), ESP_F32, false);
+    snprintf(dir, sizeof dir, "%s/start", golden("peft/", cases[i].name));
+    OK(esp_adapter_load(r.m, dir, "default", true, &a));
+    OK(esp_adapters_activate(r.m, &a, 1));
+    load_batch(st, 0, &b);
+    int64_t n;
+    const float *want = tensor(st, "logits", "", &n);
+    logits_of(&r, &b.b, y);
+    double dl = fx_rel(y, want, n);
+    if (!(dl <= 1e-4)) fail_msg("%s: logits %g away from PEFT's", cases[i].name, dl);
+    esp_loss_out out;
+    OK(esp_model_step(r.m, &r.stack, &b.b, ESP_CKPT_OFF, true, b.scale, 1, 0, &out, NULL));
+    const char *where = "";
+    double dg = worst(a, st, "grad.", a->params->grad, &where);
+    if (!(dg <= 1e-4)) fail_msg("%s: gradient of %s is %g away from PEFT's", cases[i].name, where, dg);
+    print_message("  %-16s logits %.2g, gradients %.2g\n", cases[i].name, dl, dg);
+    if (cases[i].trains) train_20(&r, a, st, (int)i);
+    save_for_peft(&r, a, (int)i, &b.b);
+    test_free((void *)(uintptr_t)want);
+    free_batch(&b);
+    esp_adapter_destroy(a);
+    fx_close(&r);
+    esp_st_close(st);
+  }
+}
+
+/* One string as target is a regex, a list is names; the configuration travels through adapter_config.json's reader. */
+static void matching(void **state) {
+  json_t *j, *c, *hit;
+  OK(esp_json_load(golden("peft/", "targets.json"), &j));
+  const json_t *paths = json_object_get(j, "paths"), *list = json_object_get(j, "cases");
+  char dir[64] = "/tmp/esp-targets-XXXXXX", file[100];
+  assert_non_null(mkdtemp(dir));
+  snprintf(file, sizeof file, "%s/adapter_config.json", dir);
+  size_t i, k;
+  int checked = 0;
+  json_array_foreach(list, i, c) {
+    json_t *config = json_deep_copy(json_object_get(c, "config"));
+    json_object_set_new(config, "peft_type", json_string("LORA"));
+    OK(esp_json_save(file, config, 1));
+    esp_arena *arena = esp_arena_create(ESP_MEM_HOST);
+    esp_adapter_cfg cfg;
+    OK(esp_adapter_cfg_load(dir, arena, &cfg));
+    json_array_foreach(json_object_get(c, "hits"), k, hit) {
+      esp_site s = {.kind = ESP_SITE_LINEAR, .path = json_string_value(json_array_get(paths, k))};
+      bool want = json_integer_value(hit) != 0, have = esp_adapter_matches(&cfg, &s);
+      if (want != have) fail_msg("case %zu: %s: PEFT says %d", i, s.path, (int)want);
+      checked++;
+    }
+    esp_arena_destroy(arena);
+    json_decref(config);
+  }
+  assert_true(checked > 300);
+  json_decref(j);
+  OK(esp_remove_tree(dir));
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(parity), cmocka_unit_test(matching)};
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
