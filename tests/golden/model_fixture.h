@@ -35,14 +35,14 @@ typedef struct fx {
     if ((expr) != ESP_OK) fail_msg("%s: %s", #expr, esp_error_message());                                              \
   } while (0)
 
-static const void *fx_data(const fx *f, const char *name) {
+static inline const void *fx_data(const fx *f, const char *name) {
   const esp_st_entry *e = esp_st_find(f->expect, name);
   if (!e) fail_msg("fixture lacks %s", name);
   return e->data;
 }
 
 /* Every stored tensor becomes a parameter; a tied head shares the embedding's. */
-static void fx_train_all(fx *f) {
+static inline void fx_train_all(fx *f) {
   esp_site **sites;
   int n = esp_model_sites(f->m, &sites);
   bool tied = esp_model_describe(f->m)->tied;
@@ -84,7 +84,7 @@ static void fx_train_all(fx *f) {
   }
 }
 
-static void fx_batch(fx *f, const char *dir) {
+static inline void fx_batch(fx *f, const char *dir) {
   char path[1024];
   snprintf(path, sizeof path, "%s/expect.safetensors", dir);
   FX_OK(esp_st_open(path, &f->expect));
@@ -101,7 +101,7 @@ static void fx_batch(fx *f, const char *dir) {
     for (int32_t t = f->b.cu_seqlens[s]; t < f->b.cu_seqlens[s + 1]; t++) positions[t] = t - f->b.cu_seqlens[s];
 }
 
-static void fx_open_dir(fx *f, const char *dir, const char *backend, esp_dtype compute) {
+static inline void fx_open_dir(fx *f, const char *dir, const char *backend, esp_dtype compute) {
   *f = (fx){0};
   FX_OK(esp_backend_create(backend, &f->be));
   esp_model_options opt = {.compute = compute};
@@ -109,14 +109,14 @@ static void fx_open_dir(fx *f, const char *dir, const char *backend, esp_dtype c
   FX_OK(esp_stack_init(&f->stack, f->be, esp_backend_counts(f->be) ? 0 : 16 << 20));
 }
 
-static void fx_open(fx *f, const char *family, const char *backend, esp_dtype compute) {
+static inline void fx_open(fx *f, const char *family, const char *backend, esp_dtype compute) {
   char dir[512];
   snprintf(dir, sizeof dir, "%s%s", FX_DIR, family);
   fx_open_dir(f, dir, backend, compute);
   fx_batch(f, dir);
 }
 
-static void fx_close(fx *f) {
+static inline void fx_close(fx *f) {
   esp_st_close(f->expect);
   esp_model_close(f->m);
   esp_params_destroy(f->ps);
@@ -124,14 +124,14 @@ static void fx_close(fx *f) {
   esp_backend_destroy(f->be);
 }
 
-static double fx_weight_sum(const fx *f) {
+static inline double fx_weight_sum(const fx *f) {
   double s = 0;
   for (int64_t t = 0; t < f->b.tokens; t++) s += (double)f->b.weights[t];
   return s;
 }
 
 /* ||a - b|| / ||b|| */
-static double fx_rel(const float *a, const float *b, int64_t n) {
+static inline double fx_rel(const float *a, const float *b, int64_t n) {
   double d = 0, s = 0;
   for (int64_t i = 0; i < n; i++) {
     d += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
