@@ -1,0 +1,294 @@
+/* test_optim_rules.c: AdamW and SGD against fp64 scalar traces and the published 1000-step AdamW trajectory; groups,
+ * freezing, decay switches, clipping scale, shadow; schedules; the layout of the parameter store; the counting
+ * backend's books against the real ones.
+ * Seen to catch: weight decay coupled into AdamW's gradient instead of applied to the parameter. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "backend/stack.h"
+#include "core/cpu.h"
+#include "core/rng.h"
+#include "core/threads.h"
+#include "io/safetensors.h"
+#include "optim/optim.h"
+
+#define MUST(expr) assert_int_equal((expr), ESP_OK)
+
+static esp_backend *be;
+
+static void close_to(double got, double want, double tol) {
+  if (!(fabs(got - want) <= tol * (fabs(want) + 0.5))) fail_msg("got %.9g, want %.9g", got, want);
+}
+
+typedef struct trace { /* one element in fp64, as torch.optim writes it */
+  double p, m, v;
+} trace;
+static void adamw_ref(trace *t, double g, const esp_optim_cfg *c, double lr, int64_t step, bool decay) {
+  if (decay) t->p *= 1 - lr * c->weight_decay;
+  t->m = c->beta1 * t->m + (1 - c->beta1) * g;
+  t->v = c->beta2 * t->v + (1 - c->beta2) * g * g;
+  double mh = t->m / (1 - pow(c->beta1, (double)step)), vh = t->v / (1 - pow(c->beta2, (double)step));
+  t->p -= lr * mh / (sqrt(vh) + c->eps);
+}
+static void sgd_ref(trace *t, double g, const esp_optim_cfg *c, double lr, bool decay) {
+  if (decay) g += c->weight_decay * t->p;
+  t->m = c->momentum * t->m + g;
+  t->p -= lr * (c->nesterov ? g + c->momentum * t->m : t->m);
+}
+
+/* Four parameters: plain, not decayed, group 1, frozen; odd sizes so that padding lies between. */
+static void run_trace(const esp_optim_cfg *cfg, esp_dtype shadow) {
+  enum { N = 4, STEPS = 40 };
+  static const int64_t shapes[N][2] = {{3, 7}, {1, 5}, {37, 31}, {2, 2}};
+  esp_params *ps;
+  esp_optim *o;
+  MUST(esp_params_create(be, &ps));
+  for (int i = 0; i < N; i++) {
+    char name[8];
+    snprintf(name, sizeof name, "p%d", i);
+    assert_int_equal(esp_params_add(ps, name, 2, shapes[i], true), i);
+  }
+  MUST(esp_params_finalize(ps, shadow, true));
+  ps->list[1].decay = false;
+  ps->list[2].group = 1;
+  ps->list[3].frozen = true;
+  trace *t = calloc((size_t)ps->total, sizeof *t);
+  float host[37 * 31];
+  for (int i = 0; i < N; i++) {
+    for (int64_t e = 0; e < ps->list[i].numel; e++) {
+      host[e] = esp_rng_normal(5, (uint64_t)i, (uint64_t)e);
+      t[ps->list[i].offset + e].p = host[e];
+    }
+    esp_params_set(ps, i, host);
+  }
+  MUST(esp_optim_create(cfg, ps, &o));
+  for (int64_t step = 1; step <= STEPS; step++) {
+    esp_params_zero_grad(ps);
+    double lr = cfg->lr * (1 + 0.1 * (double)step), norm = 0;
+    for (int i = 0; i < N; i++)
+      for (int64_t e = 0; e < ps->list[i].numel; e++) {
+        float g = esp_rng_normal(9, (uint64_t)(step * N + i), (uint64_t)e);
+        ((float *)esp_param_grad(ps, i).data)[e] = g;
+        norm += (double)g * g;
+        double gs = 0.5 * g, rate = i == 2 ? lr * cfg->lora_plus_ratio : lr;
+        if (i == 3) continue;
+        if (!strcmp(cfg->name, "adamw"))
+          adamw_ref(&t[ps->list[i].offset + e], gs, cfg, rate, step, i != 1);
+        else
+          sgd_ref(&t[ps->list[i].offset + e], gs, cfg, rate, i != 1);
+      }
+    close_to(esp_optim_grad_norm(o), sqrt(norm), 1e-12);
+    esp_optim_step(o, lr, 0.5f);
+  }
+  for (int i = 0; i < N; i++) {
+    esp_params_get(ps, i, host);
+    esp_tensor s = esp_param_shadow(ps, i);
+    for (int64_t e = 0; e < ps->list[i].numel; e++) {
+      close_to(host[e], t[ps->list[i].offset + e].p, 5e-6);
+      if (shadow == ESP_BF16)
+        assert_int_equal(((uint16_t *)s.data)[e], esp_f32_to_bf16(host[e]));
+      else
+        assert_ptr_equal(s.data, ps->master + ps->list[i].offset);
+    }
+  }
+  for (int64_t e = 21; e < 32; e++) assert_float_equal(ps->master[e], 0, 0); /* padding stays zero */
+  esp_optim_reset(o);
+  assert_int_equal(o->step, 0);
+  for (int s = 0; s < o->kind->n_states; s++)
+    for (int64_t e = 0; e < ps->total; e++) assert_float_equal(o->state[s][e], 0, 0);
+  esp_optim_destroy(o);
+  esp_params_destroy(ps);
+  free(t);
+}
+
+static void test_traces(void **state) {
+  (void)state;
+  esp_optim_cfg rows[] = {
+      {.name = "adamw", .lr = 1e-2, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.1},
+      {.name = "adamw", .lr = 1e-3, .beta1 = 0.8, .beta2 = 0.95, .eps = 1e-6},
+      {.name = "sgd", .lr = 1e-2, .momentum = 0.9, .weight_decay = 0.01},
+      {.name = "sgd", .lr = 1e-2, .momentum = 0.9, .nesterov = true},
+      {.name = "sgd", .lr = 1e-2},
+  };
+  for (esp_isa isa = ESP_ISA_PLAIN; isa <= esp_cpu_isa_available(); isa++)
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+      esp_cpu_isa_set(isa);
+      rows[i].lora_plus_ratio = 4;
+      run_trace(&rows[i], i % 2 ? ESP_F32 : ESP_BF16);
+    }
+  esp_cpu_isa_set(esp_cpu_isa_available());
+}
+
+static void test_published_adamw_trajectory(void **state) {
+  (void)state;
+  const char *path = ESP_SHARED_DIR "/data/golden/cs336/adamw_linear_1000steps.safetensors";
+  esp_st *st;
+  if (esp_st_open(path, &st) != ESP_OK) {
+    print_message("skipped: %s\n", esp_error_message());
+    skip();
+  }
+  const float *init = esp_st_find(st, "init_weight")->data, *x = esp_st_find(st, "x")->data;
+  const float *final_ = esp_st_find(st, "expected_final_weight")->data;
+  const double *path64 = esp_st_find(st, "f64_traj_decay_before_torch_order")->data;
+  esp_optim_cfg cfg = {.name = "adamw", .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.01};
+  esp_params *ps;
+  esp_optim *o;
+  MUST(esp_params_create(be, &ps));
+  assert_int_equal(esp_params_add(ps, "w", 2, (int64_t[]){2, 3}, true), 0);
+  MUST(esp_params_finalize(ps, ESP_F32, true));
+  esp_params_set(ps, 0, init);
+  MUST(esp_optim_create(&cfg, ps, &o));
+  for (int s = 0; s < 1000; s++) {
+    const float *w = ps->master, *in = x + 3 * s;
+    float want[2] = {in[0] + in[1], -in[2]};
+    for (int r = 0; r < 2; r++) {
+      float err = w[3 * r] * in[0] + w[3 * r + 1] * in[1] + w[3 * r + 2] * in[2] - want[r];
+      for (int c = 0; c < 3; c++) ps->grad[3 * r + c] = 2 * err * in[c];
+    }
+    esp_optim_step(o, cfg.lr, 1);
+    for (int e = 0; e < 6; e++)
+      if (fabs(ps->master[e] - path64[s * 6 + e]) > 2e-5) fail_msg("step %d, element %d", s, e);
+  }
+  for (int e = 0; e < 6; e++) assert_float_equal(ps->master[e], final_[e], 2e-5);
+  esp_optim_destroy(o);
+  esp_params_destroy(ps);
+  esp_st_close(st);
+}
+
+static void test_schedules(void **state) {
+  (void)state;
+  esp_schedule lin = {.name = ESP_SCHED_LINEAR, .warmup_steps = 10};
+  close_to(esp_schedule_factor(&lin, 0, 110), 0.1, 1e-12);
+  close_to(esp_schedule_factor(&lin, 9, 110), 1, 1e-12);
+  close_to(esp_schedule_factor(&lin, 10, 110), 1, 1e-12);
+  close_to(esp_schedule_factor(&lin, 60, 110), 0.5, 1e-12);
+  close_to(esp_schedule_factor(&lin, 109, 110), 0.01, 1e-9);
+  esp_schedule cosine = {.name = ESP_SCHED_COSINE, .warmup_steps = 0.1, .min_lr_ratio = 0.1};
+  close_to(esp_schedule_factor(&cosine, 4, 100), 0.5, 1e-12);
+  close_to(esp_schedule_factor(&cosine, 55, 100), 0.55, 1e-9);
+  close_to(esp_schedule_factor(&cosine, 40, 100), 0.1 + 0.9 * 0.75, 1e-9); /* a third of the way: cos 60 degrees */
+  esp_schedule wsd = {.name = ESP_SCHED_WSD, .warmup_steps = 5, .decay_share = 0.2};
+  close_to(esp_schedule_factor(&wsd, 4, 100), 1, 1e-12);
+  close_to(esp_schedule_factor(&wsd, 79, 100), 1, 1e-12);
+  close_to(esp_schedule_factor(&wsd, 80, 100), 1, 1e-12);
+  close_to(esp_schedule_factor(&wsd, 85, 100), 0.5, 1e-12); /* 1 - sqrt(5/20) */
+  esp_schedule flat = {.name = ESP_SCHED_CONSTANT, .warmup_steps = 2};
+  close_to(esp_schedule_factor(&flat, 0, 10), 0.5, 1e-12);
+  close_to(esp_schedule_factor(&flat, 9, 10), 1, 1e-12);
+  close_to(esp_schedule_factor(&lin, 0, 1), 0.1, 1e-12); /* all warm-up */
+  assert_int_equal(esp_schedule_parse("cosine"), ESP_SCHED_COSINE);
+  assert_int_equal(esp_schedule_parse("wsd"), ESP_SCHED_WSD);
+  assert_int_equal(esp_schedule_parse("cosnie"), -1);
+}
+
+static void test_store_layout(void **state) {
+  (void)state;
+  esp_params *ps;
+  MUST(esp_params_create(be, &ps));
+  assert_int_equal(esp_params_add(ps, "a", 2, (int64_t[]){3, 5}, true), 0);
+  assert_int_equal(esp_params_add(ps, "q", 2, (int64_t[]){2, 7}, true), 1);
+  assert_int_equal(esp_params_add(ps, "k", 2, (int64_t[]){1, 7}, false), 2);
+  assert_int_equal(esp_params_add(ps, "v", 2, (int64_t[]){3, 7}, false), 3);
+  assert_int_equal(esp_params_add(ps, "bias", 1, (int64_t[]){9}, true), 4);
+  MUST(esp_params_finalize(ps, ESP_BF16, true));
+  assert_int_equal(esp_params_add(ps, "late", 1, (int64_t[]){1}, true), -1);
+  assert_int_equal(ps->list[1].offset, 16);
+  assert_int_equal(ps->list[2].offset, 30);
+  assert_int_equal(ps->list[3].offset, 37);
+  assert_int_equal(ps->list[4].offset, 64);
+  assert_int_equal(ps->total, 80);
+  esp_tensor s = esp_params_stacked(ps, 1, 3, 1);
+  assert_int_equal(s.shape[0], 6);
+  assert_int_equal(s.shape[1], 7);
+  float v[21];
+  for (int i = 0; i < 21; i++) v[i] = (float)i + 0.5f;
+  esp_params_set(ps, 3, v);
+  assert_float_equal(((float *)s.data)[3 * 7 + 20], 20.5f, 0);
+  assert_int_equal(((uint16_t *)esp_params_stacked(ps, 1, 3, 0).data)[3 * 7 + 4], esp_f32_to_bf16(4.5f));
+  assert_int_equal(esp_params_find(ps, "v"), 3);
+  assert_int_equal(esp_params_find(ps, "w"), -1);
+  esp_tensor b = esp_param_grad(ps, 4);
+  assert_int_equal(b.shape[0], 1);
+  assert_int_equal(b.shape[1], 9);
+  esp_params_destroy(ps);
+}
+
+/* The same store and optimizer on `count`: the same bytes in the books, no memory touched. */
+static void use_store(esp_backend *on, esp_mem_stats *peak) {
+  esp_params *ps;
+  esp_optim *o;
+  esp_stack st;
+  esp_optim_cfg cfg = {.name = "adamw", .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8};
+  MUST(esp_params_create(on, &ps));
+  esp_params_add(ps, "w", 2, (int64_t[]){300, 77}, true);
+  MUST(esp_params_finalize(ps, ESP_BF16, true));
+  MUST(esp_optim_create(&cfg, ps, &o));
+  MUST(esp_stack_init(&st, on, esp_backend_counts(on) ? 0 : 64 * 12));
+  esp_stack_tensor(&st, ESP_BF16, 3, 11);
+  int64_t mark = esp_stack_mark(&st);
+  assert_int_equal(mark, 128);
+  esp_stack_push(&st, 640);
+  esp_stack_release(&st, mark);
+  esp_stack_push(&st, 1);
+  assert_int_equal(st.high, 768);
+  esp_optim_step(o, 1e-3, 1);
+  esp_mem_stats_get(peak);
+  esp_stack_deinit(&st);
+  esp_optim_destroy(o);
+  esp_params_destroy(ps);
+}
+static void test_count_keeps_the_same_books(void **state) {
+  (void)state;
+  esp_backend *count;
+  esp_mem_stats before, real, counted, after;
+  MUST(esp_backend_create("count", &count));
+  esp_mem_stats_get(&before);
+  use_store(be, &real);
+  use_store(count, &counted);
+  for (int k = 0; k < ESP_MEM_KINDS; k++)
+    if (k != ESP_MEM_HOST) assert_int_equal(real.now[k] - before.now[k], counted.now[k] - before.now[k]);
+  assert_true(count->stats.launches > 0 && count->stats.bytes > 0 && count->stats.flops > 0);
+  esp_backend_destroy(count);
+  esp_mem_stats_get(&after);
+  for (int k = 0; k < ESP_MEM_KINDS; k++)
+    if (k != ESP_MEM_HOST) assert_int_equal(before.now[k], after.now[k]);
+}
+static void test_stack_overflow_is_sticky(void **state) {
+  (void)state;
+  esp_backend *own;
+  esp_stack st;
+  MUST(esp_backend_create("cpu", &own));
+  MUST(esp_stack_init(&st, own, 128));
+  assert_non_null(esp_stack_push(&st, 128));
+  assert_ptr_equal(esp_stack_push(&st, 1), st.base);
+  assert_int_equal(esp_backend_sync(own), ESP_ERR_MEMORY);
+  esp_stack_deinit(&st);
+  esp_backend_destroy(own);
+}
+
+static int setup(void **state) {
+  (void)state;
+  return esp_backend_create("cpu", &be) == ESP_OK ? 0 : -1;
+}
+static int teardown(void **state) {
+  (void)state;
+  esp_backend_destroy(be);
+  esp_threads_shutdown();
+  return 0;
+}
+int main(void) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_traces),
+                                     cmocka_unit_test(test_published_adamw_trajectory),
+                                     cmocka_unit_test(test_schedules),
+                                     cmocka_unit_test(test_store_layout),
+                                     cmocka_unit_test(test_count_keeps_the_same_books),
+                                     cmocka_unit_test(test_stack_overflow_is_sticky)};
+  return cmocka_run_group_tests_name("optimizers", tests, setup, teardown);
+}
