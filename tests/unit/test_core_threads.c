@@ -15,7 +15,7 @@
 
 #ifdef __SANITIZE_THREAD__
 /* The sanitizer ends a forked child that starts threads unless told otherwise; test_fork does just that. */
-const char *__tsan_default_options(void);
+__attribute__((visibility("default"))) const char *__tsan_default_options(void);
 const char *__tsan_default_options(void) {
   return "die_after_fork=0";
 }
