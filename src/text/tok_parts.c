@@ -298,7 +298,7 @@ static esp_status add_post(esp_tokenizer *t, const json_t *j, const char *type, 
   if (!strcmp(type, "ByteLevel")) return ESP_OK; /* moves offsets only */
   if (!strcmp(type, "TemplateProcessing")) return load_template(t, j, path);
   if (strcmp(type, "RobertaProcessing") && strcmp(type, "BertProcessing")) return unknown(path, "post_processor", type);
-  int32_t cls, sep;
+  int32_t cls = -1, sep = -1;
   ESP_TRY(named_id(j, "cls", path, &cls));
   ESP_TRY(named_id(j, "sep", path, &sep));
   return wrap(t, &cls, 1, &sep, 1, path);
