@@ -1,0 +1,147 @@
+/* doctor.c: what this machine offers and what of it is used; with calibrate, its ceilings by measurement, over the same
+ * op table that a step uses. */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include "api/api.h"
+#include "core/cpu.h"
+#include "core/log.h"
+#include "core/strbuf.h"
+#include "core/threads.h"
+#include "io/json.h"
+
+/* Multiply-adds per second of y = x W^T at [tokens, n] x [n, n], the best of a few. */
+static esp_status matmul_peak(esp_backend *be, esp_dtype type, double *flops) {
+  enum { T = 1024, N = 1024, RUNS = 8 };
+  esp_status st = ESP_OK;
+  size_t size = esp_dtype_size(type);
+  void *w = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)N * N * size), *packed = NULL;
+  void *x = be->ops->alloc(be, ESP_MEM_WORKSPACE, (int64_t)((size_t)T * N * size));
+  void *y = be->ops->alloc(be, ESP_MEM_WORKSPACE, (int64_t)((size_t)T * N * size));
+  *flops = 0;
+  if (!w || !x || !y) ESP_GOTO(ESP_ERR_MEMORY);
+  esp_tensor weight = esp_tensor_2d(w, type, N, N);
+  packed = be->ops->pack(be, &weight, 1, false, type);
+  if (!packed) ESP_GOTO(ESP_ERR_MEMORY);
+  esp_wview view = {N, N, packed, {0}};
+  for (int i = 0; i < RUNS; i++) {
+    double t = esp_now();
+    be->ops->linear(be, esp_tensor_2d(y, type, T, N), esp_tensor_2d(x, type, T, N), &view, (esp_tensor){0}, NULL, 0, 0);
+    ESP_GOTO(esp_backend_sync(be));
+    t = esp_now() - t;
+    if (t > 0 && 2.0 * T * N * N / t > *flops) *flops = 2.0 * T * N * N / t;
+  }
+out:
+  if (packed) be->ops->pack_free(be, packed);
+  if (x) be->ops->free(be, x);
+  if (y) be->ops->free(be, y);
+  esp_mem_free(w);
+  return st;
+}
+
+typedef struct stream {
+  float *a, *b;
+  int64_t n;
+} stream;
+static void stream_chunk(void *ctx, int64_t chunk, int thread) {
+  stream *s = ctx;
+  memcpy(s->a + chunk * s->n, s->b + chunk * s->n, (size_t)s->n * sizeof(float));
+}
+/* Bytes per second of copying 2 x 128 MiB, read and written. */
+static esp_status memory_peak(double *bytes) {
+  enum { CHUNKS = 64, RUNS = 4 };
+  stream s = {.n = 1 << 19};
+  size_t total = (size_t)CHUNKS * (size_t)s.n * sizeof(float);
+  esp_status st = ESP_OK;
+  *bytes = 0;
+  s.a = esp_mem_alloc(ESP_MEM_WORKSPACE, total);
+  s.b = esp_mem_alloc(ESP_MEM_WORKSPACE, total);
+  if (!s.a || !s.b) ESP_GOTO(ESP_ERR_MEMORY);
+  memset(s.b, 1, total); /* untouched pages are all one page of zeros */
+  for (int i = 0; i < RUNS; i++) {
+    double t = esp_now();
+    esp_parallel(CHUNKS, stream_chunk, &s);
+    t = esp_now() - t;
+    if (t > 0 && 2.0 * (double)total / t > *bytes) *bytes = 2.0 * (double)total / t;
+  }
+out:
+  esp_mem_free(s.a);
+  esp_mem_free(s.b);
+  return st;
+}
+
+static esp_status calibrate_into(json_t *j) {
+  esp_backend *be = NULL;
+  double bf16 = 0, fp32 = 0, bytes = 0;
+  esp_status st = esp_backend_create("cpu", &be);
+  if (st == ESP_OK) st = matmul_peak(be, ESP_BF16, &bf16);
+  if (st == ESP_OK) st = matmul_peak(be, ESP_F32, &fp32);
+  if (st == ESP_OK) st = memory_peak(&bytes);
+  esp_backend_destroy(be);
+  if (st != ESP_OK) return st;
+  json_object_set_new(j, "matmul_bf16_gflops", json_real(bf16 / 1e9));
+  json_object_set_new(j, "matmul_fp32_gflops", json_real(fp32 / 1e9));
+  json_object_set_new(j, "memory_gbytes_per_second", json_real(bytes / 1e9));
+  return ESP_OK;
+}
+
+static void text_of(esp_strbuf *b, json_t *j) {
+  const char *key;
+  json_t *v;
+  json_object_foreach(j, key, v) {
+    if (json_is_real(v))
+      esp_strbuf_printf(b, "%-26s %.1f\n", key, json_real_value(v));
+    else if (json_is_integer(v))
+      esp_strbuf_printf(b, "%-26s %lld\n", key, (long long)json_integer_value(v));
+    else if (json_is_boolean(v))
+      esp_strbuf_printf(b, "%-26s %s\n", key, json_is_true(v) ? "yes" : "no");
+    else
+      esp_strbuf_printf(b, "%-26s %s\n", key, json_string_value(v));
+  }
+}
+
+esp_status esp_doctor(int calibrate, int json, char **text) {
+  esp_status st = ESP_OK;
+  struct utsname os = {0};
+  const char *forced = NULL;
+  esp_strbuf b;
+  *text = NULL;
+  esp_strbuf_init(&b);
+  uname(&os);
+  json_t *j = json_object();
+  json_object_set_new(j, "espalier", json_string(esp_version()));
+  json_object_set_new(j, "system", json_string(os.release));
+  json_object_set_new(j, "processor", json_string(esp_cpu_brand()));
+  if (esp_cpu_isa_forced_invalid(&forced))
+    ESP_GOTO(esp_fail(ESP_ERR_DEVICE, "ESPALIER_ISA=%s is unknown or not offered by this processor (%s is the best)",
+                      forced, esp_isa_name(esp_cpu_isa_available())));
+  json_object_set_new(j, "instructions_available", json_string(esp_isa_name(esp_cpu_isa_available())));
+  json_object_set_new(j, "instructions_used", json_string(esp_isa_name(esp_cpu_isa())));
+  json_object_set_new(j, "threads", json_integer(esp_threads_count()));
+  json_object_set_new(j, "processors_online", json_integer(sysconf(_SC_NPROCESSORS_ONLN)));
+  esp_recipe machine = {0};
+  machine.memory.limit_share = 1;
+  json_object_set_new(j, "memory_mbytes", json_integer((json_int_t)(esp_memory_limit(&machine) >> 20)));
+#ifdef ESP_HAVE_MPI
+  json_object_set_new(j, "mpi", json_true());
+#else
+  json_object_set_new(j, "mpi", json_false());
+#endif
+  if (calibrate) ESP_GOTO(calibrate_into(j));
+  if (json) {
+    char *dump = json_dumps(j, JSON_INDENT(2));
+    esp_strbuf_puts(&b, dump ? dump : "");
+    esp_strbuf_putc(&b, '\n');
+    free(dump);
+  } else {
+    text_of(&b, j);
+  }
+  *text = esp_strbuf_take(&b);
+  if (!*text) st = ESP_ERR_MEMORY;
+out:
+  json_decref(j);
+  esp_strbuf_deinit(&b);
+  return st;
+}
