@@ -487,7 +487,7 @@ static esp_status parse(const json_t *root, const char *path, esp_model_desc *d)
 
 esp_status esp_model_desc_parse(const char *json, size_t len, const char *path, esp_model_desc *out) {
   json_t *root = NULL;
-  *out = (esp_model_desc){0};
+  memset(out, 0, sizeof *out); /* padding too: descriptions are compared as bytes */
   ESP_TRY(esp_json_parse(json, len, path, &root));
   esp_status st = parse(root, path, out);
   json_decref(root);
