@@ -22,6 +22,11 @@ struct esp_regex_state {
   "\\x{0}-\\x{8}\\x{e}-\\x{1f}!-\\x{84}\\x{86}-\\x{9f}\\x{a1}-\\x{167f}\\x{1681}-\\x{1fff}\\x{200b}-\\x{2027}"         \
   "\\x{202a}-\\x{202e}\\x{2030}-\\x{205e}\\x{2060}-\\x{2fff}\\x{3001}-\\x{10ffff}"
 
+/* Oniguruma's \w: Alphabetic, marks, decimal digits, connectors, and the Latin-1 numbers; PCRE2's lacks marks. */
+#define WORD_IN_CLASS                                                                                                  \
+  "\\p{L}\\p{M}\\p{Nd}\\p{Nl}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}"      \
+  "\\x{1f150}-\\x{1f169}\\x{1f170}-\\x{1f189}"
+
 static esp_status not_understood(const char *path, const char *pattern, const char *what) {
   return esp_fail(ESP_ERR_DATA, "%s: regular expression '%.80s': %s is not understood", path, pattern, what);
 }
@@ -37,7 +42,11 @@ static esp_status translate(const char *p, size_t n, const char *path, esp_strbu
         esp_strbuf_puts(out, in_class ? SPACE_IN_CLASS : "[" SPACE_IN_CLASS "]");
       } else if (d == 'S') {
         esp_strbuf_puts(out, in_class ? NOT_SPACE_IN_CLASS : "[^" SPACE_IN_CLASS "]");
-      } else if (strchr("hHRXGKQEC", d)) {
+      } else if (d == 'w') {
+        esp_strbuf_puts(out, in_class ? WORD_IN_CLASS : "[" WORD_IN_CLASS "]");
+      } else if (d == 'W' && !in_class) {
+        esp_strbuf_puts(out, "[^" WORD_IN_CLASS "]");
+      } else if (strchr("hHRXGKQECWbB", d)) {
         return not_understood(path, p, "this escape");
       } else {
         esp_strbuf_putc(out, c);

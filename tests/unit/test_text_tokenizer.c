@@ -40,6 +40,7 @@ static void check_ids(const esp_tokenizer *t, const char *name, const json_t *te
 }
 
 static void check_text(const esp_tokenizer *t, const char *name, const json_t *ids, const json_t *want, bool skip) {
+  if (json_is_null(want)) return;
   esp_ids in = {0};
   in.data = esp_mem_alloc(ESP_MEM_DATA, json_array_size(ids) * sizeof(int32_t) + 4);
   for (size_t i = 0; i < json_array_size(ids); i++)
