@@ -53,7 +53,7 @@ const char *esp_node_show(const esp_node *n, char *buf, size_t size);
 const char *esp_suggest(const char *word, const char *const *names, int n, char *buf, size_t size);
 
 /* render.c */
-void esp_value_render(const esp_key *k, const void *base, bool for_hash, esp_strbuf *out);
+void esp_value_render(const esp_recipe *r, const esp_key *k, const void *base, bool for_hash, esp_strbuf *out);
 void esp_render_string(esp_strbuf *out, const char *s);
 
 /* bind.c */

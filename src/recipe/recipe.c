@@ -1,3 +1,4 @@
+/* recipe.c: text and overrides to a recipe, by way of tree, binding and checks. */
 #include "recipe/recipe.h"
 
 #include <stdio.h>

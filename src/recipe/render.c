@@ -109,8 +109,7 @@ static void keep_best(const esp_recipe *r, esp_strbuf *out) {
   esp_strbuf_printf(out, ", mode: %s}", r->checkpoint.keep_best_max ? "max" : "min");
 }
 
-void esp_value_render(const esp_key *k, const void *base, bool for_hash, esp_strbuf *out) {
-  const esp_recipe *r = base;
+void esp_value_render(const esp_recipe *r, const esp_key *k, const void *base, bool for_hash, esp_strbuf *out) {
   int n;
   switch (k->type) {
   case ESP_T_BOOL:
@@ -151,8 +150,19 @@ void esp_value_render(const esp_key *k, const void *base, bool for_hash, esp_str
     else
       esp_strbuf_puts(out, "null");
     break;
+  case ESP_T_RUN_PATH: { /* below the run's folder it moves with it */
+    size_t dir = r->checkpoint.output_dir ? strlen(r->checkpoint.output_dir) : 0;
+    const char *text = FIELD(char *);
+    if (text && dir && !strncmp(text, r->checkpoint.output_dir, dir) && text[dir] == '/' && text[dir + 1] &&
+        text[dir + 1] != '/')
+      esp_render_string(out, text + dir + 1);
+    else if (text)
+      path_text(text, for_hash, out);
+    else
+      esp_strbuf_puts(out, "null");
+    break;
+  }
   case ESP_T_PATH:
-  case ESP_T_RUN_PATH:
     if (FIELD(char *))
       path_text(FIELD(char *), for_hash, out);
     else
@@ -355,7 +365,7 @@ static void write_object(writer *w, const esp_object *o, const void *base, int i
     }
     default:
       esp_strbuf_putc(w->out, ' ');
-      esp_value_render(k, base, w->for_hash, w->out);
+      esp_value_render(w->r, k, base, w->for_hash, w->out);
       if (w->for_hash)
         esp_strbuf_putc(w->out, '\n');
       else
@@ -394,7 +404,7 @@ void esp_recipe_hash(const esp_recipe *r, char out[33]) {
     } else if (k->type == ESP_T_OBJECTS) {
       write_list(&w, k, r, 0);
     } else {
-      esp_value_render(k, r, true, &text);
+      esp_value_render(r, k, r, true, &text);
       esp_strbuf_putc(&text, '\n');
     }
   }
@@ -406,7 +416,7 @@ void esp_recipe_hash(const esp_recipe *r, char out[33]) {
       for (int i = 0; i < o->n; i++) {
         if ((o->keys[i].flags & (ESP_K_NOHASH | ESP_K_INPUT_ONLY)) || !esp_key_per_task(&o->keys[i], sec)) continue;
         esp_strbuf_printf(&text, "%d %s.%s: ", t, sec->name, o->keys[i].name);
-        esp_value_render(&o->keys[i], base, true, &text);
+        esp_value_render(r, &o->keys[i], base, true, &text);
         esp_strbuf_putc(&text, '\n');
       }
     }

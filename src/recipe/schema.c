@@ -1,3 +1,4 @@
+/* schema.c: the table itself. */
 #include "recipe/schema.h"
 
 #include <string.h>

@@ -1,3 +1,4 @@
+/* tree.c: YAML events of libyaml become nodes with places. */
 #include "recipe/tree.h"
 
 #include <stdarg.h>

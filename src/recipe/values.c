@@ -1,3 +1,4 @@
+/* values.c: one value of the tree into its field, by the type of its row. */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <errno.h>
 #include <inttypes.h>

@@ -1,0 +1,46 @@
+/* eval.c: `espalier eval`: the recipe's evaluation sets on the base or on an adapter. */
+#include "cli/cli.h"
+
+static const cli_option options[] = {
+    {"adapter", "DIR", 'a', false, "PEFT adapter directory; without it the base is measured"},
+    {"threads", "N", 't', false, "threads of this process (parallel.threads)"},
+    {"set", "KEY=VALUE", 0, false, "override a value of the recipe; as a plain argument too"},
+};
+
+static int eval(cli_args *a) {
+  static esp_score scores[256];
+  esp_job *job;
+  int code, n = 0;
+  if (!cli_open_job(a, &job, &code)) return code;
+  esp_run_options o = {0};
+  cli_catch_signals();
+  esp_status st = esp_job_eval(job, cli_value(a, "adapter"), &o, scores, 256, &n);
+  if (st == ESP_OK)
+    for (int i = 0; i < n && i < 256; i++) {
+      if (a->json) {
+        fputs("{\"set\": ", stdout);
+        cli_json_string(stdout, scores[i].set);
+        printf(", \"metric\": \"%s\", \"score\": ", scores[i].metric);
+        cli_json_number(stdout, scores[i].value);
+        printf(", \"samples\": %lld}\n", (long long)scores[i].samples);
+      } else {
+        printf("%-24s %-12s %10.4f  (%lld samples)\n", scores[i].set, scores[i].metric, scores[i].value,
+               (long long)scores[i].samples);
+      }
+    }
+  code = st == ESP_OK ? 0 : cli_fail(st);
+  esp_job_close(job);
+  return code;
+}
+
+const cli_verb cli_eval = {
+    "eval",
+    NULL,
+    "RECIPE [key=value ...]",
+    1,
+    1,
+    true,
+    "measure the recipe's evaluation sets",
+    "Perplexity, choice by label likelihood, exact match and ROUGE-L of generated text, as the sets say.",
+    CLI_OPTIONS(options),
+    eval};
