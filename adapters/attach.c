@@ -226,13 +226,9 @@ bool esp_adapter_changes(const esp_adapter *a, const esp_site *s) {
 esp_status esp_adapter_effective_rows(esp_adapter *a, esp_site *s, int64_t r0, int64_t n, float *w) {
   int64_t width = s->kind == ESP_SITE_LINEAR ? s->in : s->out;
   int copy = a->modules->weight[s->index];
-  if (copy >= 0) {
-    float *all = esp_mem_alloc(ESP_MEM_HOST, (size_t)a->params->list[copy].numel * sizeof *all);
-    if (!all) return ESP_ERR_MEMORY;
-    esp_params_get(a->params, copy, all);
-    memcpy(w, all + r0 * width, (size_t)(n * width) * sizeof *w);
-    esp_mem_free(all);
-  }
+  if (copy >= 0)
+    a->params->be->ops->download(a->params->be, w, a->params->master + a->params->list[copy].offset + r0 * width,
+                                 n * width * (int64_t)sizeof *w);
   if (token_site(a, s)) {
     float *rows = esp_mem_alloc(ESP_MEM_HOST, (size_t)(a->modules->n_tokens * width) * sizeof *rows);
     if (!rows) return ESP_ERR_MEMORY;

@@ -211,7 +211,8 @@ esp_status esp_target_resolve(esp_adapter *a, bool strict) {
   if (strict) ESP_TRY(check_names(a, sites, n));
   if (hits == 0) {
     const char *what = a->cfg.target_regex ? a->cfg.target_regex : a->cfg.target[0];
-    return esp_fail(ESP_ERR_RECIPE, "adapter.target: '%s' and the filters beside it match no module of the base", what);
+    return esp_fail(ESP_ERR_RECIPE, "adapter.target: '%s' (exclude and layers applied) matches no module of the base",
+                    what);
   }
   return ESP_OK;
 }
