@@ -51,7 +51,7 @@ ESP_API esp_status esp_job_eval(esp_job *job, const char *adapter_dir, const esp
 typedef struct esp_data_token {
   int32_t id;
   float weight;     /* loss weight of predicting this token */
-  const char *text; /* decoded alone */
+  const char *text; /* what it adds to the text before it */
 } esp_data_token;
 typedef struct esp_data_sample {
   const char *task, *origin; /* origin: "path:line" */

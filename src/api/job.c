@@ -221,6 +221,28 @@ out:
 
 /* ---- data ---- */
 
+/* What a token adds to the text of the one before it: alone, a leading blank would be lost (sentencepiece). */
+static esp_status token_text(const esp_tokenizer *tok, const int32_t *ids, int64_t k, char **text) {
+  size_t len, before_len;
+  char *before = NULL, *both = NULL;
+  esp_status st = ESP_OK;
+  *text = NULL;
+  if (k > 0) {
+    ESP_GOTO(esp_tokenizer_decode(tok, ids + k - 1, 1, false, &before, &before_len));
+    ESP_GOTO(esp_tokenizer_decode(tok, ids + k - 1, 2, false, &both, &len));
+    if (len >= before_len && !memcmp(both, before, before_len)) {
+      *text = esp_mem_strdup(ESP_MEM_HOST, both + before_len);
+      if (!*text) st = ESP_ERR_MEMORY;
+      goto out;
+    }
+  }
+  ESP_GOTO(esp_tokenizer_decode(tok, ids + k, 1, false, text, &len));
+out:
+  esp_mem_free(before);
+  esp_mem_free(both);
+  return st;
+}
+
 static esp_status show_sample(const esp_train_data *d, const char *task, const esp_dataset *set, int64_t i,
                               esp_data_fn fn, void *ctx) {
   const int32_t *ids;
@@ -234,8 +256,7 @@ static esp_status show_sample(const esp_train_data *d, const char *task, const e
   if (!tokens) return ESP_ERR_MEMORY;
   for (int64_t k = 0; k < n; k++) {
     char *text = NULL;
-    size_t len;
-    ESP_GOTO(esp_tokenizer_decode(d->tok, ids + k, 1, false, &text, &len));
+    ESP_GOTO(token_text(d->tok, ids, k, &text));
     tokens[k] = (esp_data_token){ids[k], k == 0 ? 0.0f : weights[k], text};
   }
   esp_data_sample s = {task, origin, i, esp_dataset_count(set), tokens, n};

@@ -44,9 +44,17 @@ void cli_print_result(const cli_args *a, esp_status st, const esp_run_result *r)
          cli_count((double)r->trainable, trainable, sizeof trainable),
          r->parameters ? 100.0 * (double)r->trainable / (double)r->parameters : 0,
          cli_bytes((double)r->memory_peak, memory, sizeof memory));
-  if (r->has_matrix && st == ESP_OK)
-    printf("ACC %.4f  BWT %+.4f  FWT %+.4f  forgetting %.4f  min-ACC %.4f\n", r->acc, r->bwt, r->fwt, r->forgetting,
-           r->min_acc);
+  if (!r->has_matrix || st != ESP_OK) return;
+  const char *const names[] = {"ACC", "BWT", "FWT", "forgetting", "min-ACC"};
+  const double values[] = {r->acc, r->bwt, r->fwt, r->forgetting, r->min_acc};
+  for (int i = 0; i < 5; i++) {
+    printf("%s%s ", i ? "  " : "", names[i]);
+    if (values[i] == values[i]) /* else it has no value: a task without a column, or no row 0 */
+      printf("%.4f", values[i]);
+    else
+      putchar('-');
+  }
+  putchar('\n');
 }
 
 int cli_train(cli_args *a, esp_job *job, bool resume) {
