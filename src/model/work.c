@@ -3,9 +3,9 @@
  * backend asks for the same bytes. */
 #include "model/internal.h"
 
-/* Rows of fp32 logits that exist at a time: enough to keep the product efficient, at most 64 MB. */
+/* Rows of fp32 logits that exist at a time: enough to keep the product efficient, about 32 MB. */
 int64_t esp_head_chunk(const esp_model *m, int64_t rows) {
-  int64_t c = (INT64_C(16) << 20) / m->d.vocab / 32 * 32;
+  int64_t c = (INT64_C(8) << 20) / m->d.vocab / 32 * 32;
   if (c < 64) c = 64;
   if (c > 1024) c = 1024;
   return rows < c ? rows : c;
