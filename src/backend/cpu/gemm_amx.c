@@ -189,14 +189,6 @@ typedef struct stripe {
   int64_t ld_keep;
 } stripe;
 
-/* Brings a piece of the next stripe into the second-level cache: the hardware does not foresee 32 rows at once. */
-static void prefetch_rows(const esp_goper *o, int64_t m, int64_t m_end, int64_t k0, int64_t nk) {
-  for (int64_t r = m; r < m_end; r++) {
-    const char *p = (const char *)o->data + (r * o->ld + k0) * 2;
-    for (int64_t i = 0; i < nk * 2; i += 64) __builtin_prefetch(p + i, 0, 2);
-  }
-}
-
 /* The result's lines arrive while the product is made. */
 static void prefetch_result(const esp_gjob *j, int64_t m, int64_t n, int64_t rows) {
   int64_t es = j->c_type == ESP_F32 ? 4 : 2;
@@ -213,7 +205,6 @@ static void run_stripe(const stripe *st, const char *own_a, int64_t k0, int64_t 
                        char *const *tail_b, char *pad) {
   const esp_gjob *j = st->j;
   int64_t runs = esp_max64(1, esp_ceil_div(nk, RUN)), run = 32 * esp_ceil_div(nk, 32 * runs);
-  int64_t panels = esp_ceil_div(st->n1 - st->n0, 32), per_panel = esp_ceil_div(32, panels);
   for (int64_t at = 0, r = 0; r < runs; r++, at += run) {
     int64_t len = esp_min64(run, nk - at);
     bool last = st->last && r == runs - 1;
@@ -233,7 +224,7 @@ static void run_stripe(const stripe *st, const char *own_a, int64_t k0, int64_t 
       end += count[1 + i];
     }
     for (int64_t n = st->n0, pan = 0; n < st->n1; n += 32, pan++) {
-      int64_t cols = esp_min64(32, st->n1 - n), next = st->m + 32 + pan * per_panel;
+      int64_t cols = esp_min64(32, st->n1 - n);
       seg segs[2 * (1 + ESP_GEMM_MAX_TAILS)];
       int n_segs = b_segments(segs, a, count[0], b + pan * b_panel + at / 32 * ESP_GEMM_BLOCK);
       end = count[0];
@@ -244,8 +235,6 @@ static void run_stripe(const stripe *st, const char *own_a, int64_t k0, int64_t 
                                tail_b[i] + pan * esp_ceil_div(t->k, 32) * ESP_GEMM_BLOCK);
         end += count[1 + i];
       }
-      if (!own_a && r == 0)
-        prefetch_rows(&j->a, next, esp_min64(next + per_panel, esp_min64(st->m + 64, j->m)), k0, nk);
       float done[32 * 32] __attribute__((aligned(64)));
       float *keep = st->keep + (n - st->n0);
       bool begin = st->first && r == 0, store = last && !st->parts;
