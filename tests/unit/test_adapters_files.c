@@ -1,6 +1,5 @@
 /* Adapter directories: strict accounting, other bases, refused saves, variants that are not supported, a real adapter.
- * Mutation seen to be caught: skipping the loop over the file's own tensors in fill() lets "strict" pass an extra one.
- */
+ * Mutation seen to be caught: accepting a file with unexpected tensors in fill() fails "strict". */
 #include <math.h>
 
 #include "../adapters/adapter_fixture.h"
