@@ -1,15 +1,36 @@
 /* attention.c: cuts attention into (sequence, head, block of queries) forward and (sequence, head) backward, orders the
  * pieces longest first, and sums the key and value gradients of a group of query heads in head order. */
+#include "backend/cpu/attention_amx.h"
 #include "backend/cpu/ops.h"
 #include "backend/cpu/work.h"
+#include "core/cpu.h"
 #include "core/threads.h"
 
+static bool use_tiles(const esp_attn_args *a, bool backward) {
+  if (esp_cpu_isa() != ESP_ISA_AMX || a->head_dim % 32 || a->head_dim > 256) return false;
+  const esp_tensor *t[] = {&a->q, &a->k, &a->v, &a->o, &a->d_o, &a->d_q};
+  for (int i = 0; i < (backward ? 6 : 4); i++)
+    if (t[i]->dtype != ESP_BF16) return false;
+  return true;
+}
+static int64_t round64(int64_t n) {
+  return (n + 63) / 64 * 64;
+}
+static int64_t fwd_scratch(const esp_attn_args *a) {
+  return use_tiles(a, false) ? esp_amx_scratch(a->head_dim) : esp_attn_scratch(a->head_dim);
+}
+static int64_t bwd_scratch(const esp_attn_args *a) {
+  int64_t n = esp_attn_max_len(a);
+  return round64(use_tiles(a, true) ? esp_amx_bwd_scratch(a->head_dim, n) : esp_attn_bwd_scratch(a->head_dim, n));
+}
+static int64_t sums_bytes(const esp_attn_args *a) {
+  return round64(esp_tensor_rows(&a->q) * esp_attn_bwd_heads(a) * a->head_dim * 2 * 4);
+}
 int64_t esp_cpu_work_attn(const esp_attn_args *a) {
-  return esp_attn_scratch(a->head_dim) * esp_threads_count();
+  return fwd_scratch(a) * esp_threads_count() + (use_tiles(a, false) ? esp_amx_pack_bytes(a, false) : 0);
 }
 int64_t esp_cpu_work_attn_bwd(const esp_attn_args *a) {
-  return esp_attn_bwd_scratch(a->head_dim, esp_attn_max_len(a)) * esp_threads_count() +
-         (esp_tensor_rows(&a->q) * esp_attn_bwd_heads(a) * a->head_dim * 2 * 4 + 63) / 64 * 64;
+  return bwd_scratch(a) * esp_threads_count() + sums_bytes(a) + (use_tiles(a, true) ? esp_amx_pack_bytes(a, true) : 0);
 }
 
 typedef struct attn_op {
@@ -20,7 +41,21 @@ typedef struct attn_op {
   int head0, n_heads; /* backward: the query heads of this pass */
   int64_t tokens;
   float *dk, *dv; /* backward: [n_heads][T, head_dim] fp32 */
+  void *pack;     /* tile path */
+  bool backward;
 } attn_op;
+
+#define PACK_BLOCKS 8
+static void pack_chunk(void *ctx, int64_t chunk, int thread) {
+  (void)thread;
+  const attn_op *o = ctx;
+  int64_t blocks = esp_amx_blocks(o->a), end = (chunk + 1) * PACK_BLOCKS;
+  for (int64_t b = chunk * PACK_BLOCKS; b < end && b < blocks * o->a->kv_heads; b++)
+    esp_amx_attn_pack(o->a, o->backward, o->pack, (int)(b / blocks), b % blocks);
+}
+static void pack_all(attn_op *o) {
+  esp_parallel((esp_amx_blocks(o->a) * o->a->kv_heads + PACK_BLOCKS - 1) / PACK_BLOCKS, pack_chunk, o);
+}
 
 /* Chunk -> (sequence, block, head): blocks of one sequence from its last (the longest under a causal mask). */
 static void attn_chunk(void *ctx, int64_t chunk, int thread) {
@@ -38,17 +73,26 @@ static void attn_chunk(void *ctx, int64_t chunk, int thread) {
                        .len = len,
                        .head = (int)(chunk % a->heads),
                        .q0 = (n - 1 - block) * ESP_ATTN_BQ,
-                       .scratch = o->scratch + thread * o->scratch_bytes};
-    o->k->attn(&p);
+                       .scratch = o->scratch + thread * o->scratch_bytes,
+                       .pack = o->pack,
+                       .block0 = esp_amx_first_block(a, s)};
+    if (o->pack)
+      esp_amx_attn(&p);
+    else
+      o->k->attn(&p);
     return;
   }
 }
 
 void esp_cpu_attn(esp_backend *be, const esp_attn_args *a) {
   if (be->sticky != ESP_OK) return;
-  attn_op o = {.a = a, .k = esp_cpu_kernels(), .scratch_bytes = esp_attn_scratch(a->head_dim)};
+  attn_op o = {.a = a, .k = esp_cpu_kernels(), .scratch_bytes = fwd_scratch(a)};
   o.scratch = esp_cpu_work(be, esp_cpu_work_attn(a));
   if (!o.scratch) return;
+  if (use_tiles(a, false)) {
+    o.pack = o.scratch + o.scratch_bytes * esp_threads_count();
+    pack_all(&o);
+  }
   int64_t blocks = 0;
   for (int s = 0; s < a->n_seqs; s++)
     blocks += (a->cu_seqlens[s + 1] - a->cu_seqlens[s] + ESP_ATTN_BQ - 1) / ESP_ATTN_BQ;
@@ -65,9 +109,15 @@ static void attn_bwd_chunk(void *ctx, int64_t chunk, int thread) {
                      .len = a->cu_seqlens[s + 1] - t0,
                      .head = o->head0 + h,
                      .scratch = o->scratch + thread * o->scratch_bytes,
+                     .pack = o->pack,
+                     .block0 = esp_amx_first_block(a, s),
                      .dk = o->dk + at,
                      .dv = o->dv + at};
-  if (p.len > 0) o->k->attn_bwd(&p);
+  if (p.len <= 0) return;
+  if (o->pack)
+    esp_amx_attn_bwd(&p);
+  else
+    o->k->attn_bwd(&p);
 }
 
 #define SUM_ROWS 16
@@ -95,12 +145,17 @@ void esp_cpu_attn_bwd(esp_backend *be, const esp_attn_args *a) {
   if (be->sticky != ESP_OK) return;
   attn_op o = {.a = a,
                .k = esp_cpu_kernels(),
-               .scratch_bytes = esp_attn_bwd_scratch(a->head_dim, esp_attn_max_len(a)),
-               .tokens = esp_tensor_rows(&a->q)};
+               .scratch_bytes = bwd_scratch(a),
+               .tokens = esp_tensor_rows(&a->q),
+               .backward = true};
   o.scratch = esp_cpu_work(be, esp_cpu_work_attn_bwd(a));
   if (!o.scratch) return;
   int batch = esp_attn_bwd_heads(a);
   o.dk = (float *)(o.scratch + o.scratch_bytes * esp_threads_count());
+  if (use_tiles(a, true)) {
+    o.pack = (char *)o.dk + sums_bytes(a);
+    pack_all(&o);
+  }
   for (o.head0 = 0; o.head0 < a->heads; o.head0 += batch) {
     o.n_heads = a->heads - o.head0 < batch ? a->heads - o.head0 : batch;
     o.dv = o.dk + o.n_heads * o.tokens * a->head_dim;

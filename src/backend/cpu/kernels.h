@@ -10,8 +10,10 @@ typedef struct esp_attn_part { /* one (sequence, head, block of queries) of atte
   const esp_attn_args *a;
   int64_t t0, len; /* first token and length of the sequence */
   int head;
-  int64_t q0;     /* forward: first query, relative to t0 */
-  void *scratch;  /* of the thread */
+  int64_t q0;       /* forward: first query, relative to t0 */
+  void *scratch;    /* of the thread */
+  const void *pack; /* tile path: operands of all keys, and the first block of this sequence */
+  int64_t block0;
   float *dk, *dv; /* backward: fp32 [len, head_dim], of this query head */
 } esp_attn_part;
 
