@@ -33,6 +33,17 @@ void esp_cpu_gemm_shutdown(void) {
   g.panels_bytes = 0;
 }
 
+/* Set while the counting backend asks what a product would take: it is planned, its scratch noted, and not run. */
+static esp_gemm_need *dry;
+
+void esp_cpu_gemm_dry(esp_gemm_need *need) {
+  dry = need;
+}
+
+static size_t most(size_t a, size_t b) {
+  return a > b ? a : b;
+}
+
 static esp_status ensure(void **buf, size_t *have, size_t want) {
   if (want <= *have) return ESP_OK;
   esp_mem_free(*buf);
@@ -49,7 +60,7 @@ static size_t round64(size_t n) {
 
 static esp_status ensure_scratch(const esp_gsizes *z) {
   int n = esp_threads_count();
-  if (n > g.threads) {
+  if (n > g.threads && !dry) {
     esp_gscratch *s = esp_mem_realloc(ESP_MEM_WORKSPACE, g.scratch, (size_t)n * sizeof *s);
     if (!s) return ESP_ERR_MEMORY;
     memset(s + g.threads, 0, (size_t)(n - g.threads) * sizeof *s);
@@ -59,6 +70,10 @@ static esp_status ensure_scratch(const esp_gsizes *z) {
   /* 64 bytes beyond each piece keep neighbours off one cache line even when a kernel reads a whole vector */
   size_t a = round64(z->a), b = round64(z->b), t = round64(z->t), c = round64(z->c), pad = round64(z->pad);
   size_t total = a + b + t + c + pad + 64;
+  if (dry) {
+    dry->scratch = most(dry->scratch, total * (size_t)n);
+    return ESP_OK;
+  }
   for (int i = 0; i < n; i++) {
     esp_gscratch *s = &g.scratch[i];
     if (s->bytes < total) {
@@ -94,20 +109,27 @@ static void plan_amx(esp_gjob *j) {
   j->kc = kpad;
   if (fill_a && j->m <= 64) {
     /* thin result over long columns (dB, dA): parts of the contraction, each read once as L2-sized blocks */
-    int64_t parts = esp_max64(esp_min64(j->k / 256, 8), esp_ceil_div(j->k, 1024));
-    parts = esp_max64(parts, 1);
-    j->kc = esp_max64(round32(esp_ceil_div(j->k, parts)), 32);
-    j->kb = j->kc;
+    int64_t parts = esp_max64(1, esp_min64(j->k / 128, 8));
+    j->kb = even_block(esp_ceil_div(esp_max64(j->k, 1), parts), 256);
+    j->kc = j->kb * esp_ceil_div(j->k, j->kb * parts);
     j->mb = round32(j->m);
-    j->nb = 64;
+    j->nb = even_block(j->n, 1536);
     return;
   }
   /* A block of b (columns x contraction) stays in the second-level cache while the rows pass by. Wide blocks let a be
    * read few times; the whole contraction at once spares sums their way through memory. Measured optima: 576 columns
    * at a contraction of 576, 288 at 1536, 192 at 3072. */
-  enum { BLOCK_BYTES = 1200 * 1024 };
+  enum { BLOCK_BYTES = 1200 * 1024, PARTIAL_BYTES = 16 * 1024 * 1024 };
   j->nb = even_block(j->n, esp_max64(192, esp_min64(640, (BLOCK_BYTES / (2 * kpad)) & ~(int64_t)31)));
   j->kb = even_block(esp_max64(j->k, 1), (BLOCK_BYTES / (2 * j->nb)) & ~(int64_t)31);
+  int64_t parts = esp_min64(8, PARTIAL_BYTES / (4 * j->m * round32(j->n)));
+  if (fill_b && j->k >= 8192 && parts >= 2) { /* parts of a long contraction: each piece of b is made once */
+    j->nb = even_block(j->n, 640);
+    j->kb = even_block(esp_ceil_div(j->k, parts), (BLOCK_BYTES / (2 * j->nb)) & ~(int64_t)31);
+    j->kc = j->kb * esp_ceil_div(j->k, j->kb * parts);
+    j->mb = even_block(j->m, 1024);
+    return;
+  }
   bool refill = fill_b && j->kb < kpad; /* then each block of rows makes b again */
   j->mb = even_block(j->m, refill ? 1024 : 256);
   while (esp_ceil_div(j->m, j->mb) * esp_ceil_div(j->n, j->nb) < ESP_GEMM_MIN_CHUNKS) {
@@ -174,7 +196,7 @@ enum { SHARE_LEAST = 64 * 1024, SHARE_MOST = 16 * 1024 * 1024 };
 static void share_fn(void *ctx, int64_t chunk, int thread) {
   const esp_gjob *j = ctx;
   (void)thread;
-  esp_gemm_amx_fill_panel(g.panels, &j->b, chunk, j->n, j->k);
+  esp_gemm_amx_fill(g.panels, &j->b, chunk, j->n, j->k);
 }
 
 /* Makes all panels of b once for all threads, when they are more than a trifle and no more than a few megabytes: the
@@ -183,8 +205,12 @@ static esp_status share_b(esp_gjob *j) {
   int64_t blocks = esp_ceil_div(j->k, 32), bytes = esp_ceil_div(j->n, 32) * blocks * ESP_GEMM_BLOCK;
   bool thin = j->a.kind == ESP_GOPER_COLS && j->m <= 64;
   if (j->b.kind == ESP_GOPER_VNNI || thin || bytes < SHARE_LEAST || bytes > SHARE_MOST || j->m < 64) return ESP_OK;
-  ESP_TRY(ensure((void **)&g.panels, &g.panels_bytes, (size_t)bytes));
-  esp_parallel(esp_ceil_div(j->n, 32), share_fn, j);
+  if (dry) {
+    dry->panels = most(dry->panels, (size_t)bytes);
+  } else {
+    ESP_TRY(ensure((void **)&g.panels, &g.panels_bytes, (size_t)bytes));
+    esp_parallel(esp_gemm_amx_fill_chunks(&j->b, j->n, j->k), share_fn, j);
+  }
   j->b = (esp_goper){g.panels, ESP_BF16, ESP_GOPER_VNNI, blocks};
   return ESP_OK;
 }
@@ -214,9 +240,14 @@ static esp_status run(esp_gjob *j) {
   ESP_TRY(ensure_scratch(&z));
   if (j->nkc > 1) {
     size_t bytes = (size_t)(j->nkc * j->m * round32(j->n)) * sizeof(float);
+    if (dry) {
+      dry->partial = most(dry->partial, bytes);
+      return ESP_OK;
+    }
     ESP_TRY(ensure((void **)&g.partial, &g.partial_bytes, bytes));
     j->partial = g.partial;
   }
+  if (dry) return ESP_OK;
   if (!j->amx) esp_gemm_blas_init();
   esp_parallel(j->nkc * j->nmb * j->nnb, chunk_fn, j);
   if (j->nkc > 1) esp_parallel(esp_ceil_div(j->m, REDUCE_ROWS), reduce_fn, j);
@@ -229,7 +260,12 @@ static esp_goper oper(const esp_tensor *t, esp_goper_kind kind) {
 }
 
 /* The weight as operand b: (i, k) = (out, in) for linear, exchanged for linear_dx. */
-static esp_goper weight_oper(const esp_wview *w, bool exchanged) {
+static esp_goper weight_oper(const esp_wview *w, bool exchanged, esp_dtype x) {
+  if (w->packed && dry) { /* nothing was packed: the layout it would have */
+    if (x == ESP_BF16 && esp_cpu_isa() == ESP_ISA_AMX)
+      return (esp_goper){NULL, x, exchanged ? ESP_GOPER_VNNI_T : ESP_GOPER_VNNI, esp_ceil_div(w->in, 32)};
+    return (esp_goper){NULL, x, exchanged ? ESP_GOPER_COLS : ESP_GOPER_ROWS, w->in};
+  }
   if (!w->packed) return oper(&w->dense, exchanged ? ESP_GOPER_COLS : ESP_GOPER_ROWS);
   const esp_packed *p = w->packed;
   if (p->vnni) return (esp_goper){p->data, p->dtype, exchanged ? ESP_GOPER_VNNI_T : ESP_GOPER_VNNI, p->blocks};
@@ -246,7 +282,7 @@ static void product(esp_backend *be, esp_tensor c, esp_tensor a, const esp_wview
   esp_gjob j = {.m = esp_tensor_rows(&a), .n = exchanged ? w->in : w->out, .k = exchanged ? w->out : w->in};
   assert(esp_tensor_cols(&a) == j.k && esp_tensor_cols(&c) == j.n && esp_tensor_rows(&c) == j.m);
   j.a = oper(&a, ESP_GOPER_ROWS);
-  j.b = weight_oper(w, exchanged);
+  j.b = weight_oper(w, exchanged, a.dtype);
   j.c = c.data;
   j.c_type = c.dtype;
   j.ldc = c.ld;

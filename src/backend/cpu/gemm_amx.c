@@ -105,11 +105,14 @@ static void multiply_any(const seg *segs, int n, const float *in, int64_t ld_in,
     multiply(segs, n, in, ld_in, out, ld_out, false, false);
 }
 
+/* Bytes between panels in scratch: written across panels, lines a power of two apart would fight for one cache set. */
+enum { PANEL_GAP = 192 };
+
 esp_gsizes esp_gemm_amx_sizes(const esp_gjob *j) {
   esp_gsizes z = {0};
   size_t blocks = (size_t)j->kb / 32, panels = (size_t)j->nb / 32;
   if (j->a.kind == ESP_GOPER_COLS) z.a = (size_t)j->mb / 32 * blocks * ESP_GEMM_BLOCK;
-  if (j->b.kind != ESP_GOPER_VNNI) z.b = panels * blocks * ESP_GEMM_BLOCK;
+  if (j->b.kind != ESP_GOPER_VNNI) z.b = panels * (blocks * ESP_GEMM_BLOCK + PANEL_GAP);
   for (int i = 0; i < j->n_tails; i++) z.t += panels * (size_t)esp_ceil_div(j->tails[i].k, 32) * ESP_GEMM_BLOCK;
   z.c = (size_t)((j->kc > j->kb ? j->mb : 32) * j->nb) * 4;
   z.pad = (size_t)(1 + j->n_tails) * ESP_GEMM_BLOCK;
@@ -117,11 +120,15 @@ esp_gsizes esp_gemm_amx_sizes(const esp_gjob *j) {
 }
 
 /* Panels of columns [n0, n0+n) and contraction [k0, k0+nk), column `origin` of the result being the operand's 0. */
-static void fill_b(uint16_t *dst, const esp_goper *o, int64_t n0, int64_t n, int64_t origin, int64_t n_end, int64_t k0,
-                   int64_t nk) {
+static void fill_b(uint16_t *dst, int64_t panel, const esp_goper *o, int64_t n0, int64_t n, int64_t origin,
+                   int64_t n_end, int64_t k0, int64_t nk) {
   const uint16_t *p = o->data;
   int64_t blocks = esp_ceil_div(nk, 32);
-  for (int64_t c = n0; c < n0 + n; c += 32, dst += blocks * 1024) {
+  if (o->kind == ESP_GOPER_COLS && origin == 0 && n_end >= n0 + n) {
+    esp_amx_b_from_long_rows(dst, panel, p + k0 * o->ld + n0, o->ld, n, nk);
+    return;
+  }
+  for (int64_t c = n0; c < n0 + n; c += 32, dst += panel) {
     int64_t lo = esp_max64(0, origin - c), hi = esp_min64(32, n_end - c);
     if (lo >= hi) continue; /* never read: the tail does not meet this panel */
     for (int64_t b = 0; b < blocks; b++) {
@@ -136,9 +143,17 @@ static void fill_b(uint16_t *dst, const esp_goper *o, int64_t n0, int64_t n, int
   }
 }
 
-void esp_gemm_amx_fill_panel(void *panels, const esp_goper *b, int64_t p, int64_t n, int64_t k) {
-  uint16_t *dst = (uint16_t *)panels + p * esp_ceil_div(k, 32) * 1024;
-  fill_b(dst, b, 32 * p, esp_min64(32, n - 32 * p), 0, n, 0, k);
+int64_t esp_gemm_amx_fill_chunks(const esp_goper *b, int64_t n, int64_t k) {
+  return b->kind == ESP_GOPER_COLS ? esp_ceil_div(k, 32) : esp_ceil_div(n, 32);
+}
+
+void esp_gemm_amx_fill(void *panels, const esp_goper *b, int64_t chunk, int64_t n, int64_t k) {
+  int64_t panel = esp_ceil_div(k, 32) * 1024;
+  uint16_t *d = panels;
+  if (b->kind == ESP_GOPER_COLS)
+    fill_b(d + chunk * 1024, panel, b, 0, n, 0, n, 32 * chunk, esp_min64(32, k - 32 * chunk));
+  else
+    fill_b(d + chunk * panel, panel, b, 32 * chunk, esp_min64(32, n - 32 * chunk), 0, n, 0, k);
 }
 
 static void fill_a(uint16_t *dst, const esp_goper *o, int64_t m0, int64_t m, int64_t k0, int64_t nk) {
@@ -265,7 +280,7 @@ void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t 
     if (retag(s->t_tag, j->id, (uint64_t)nb, 0, 0))
       for (int i = 0; i < j->n_tails; i++) {
         const esp_gtail *t = &j->tails[i];
-        fill_b((uint16_t *)tail_b[i], &t->b, n0, n1 - n0, t->n0, t->n1, 0, t->k);
+        fill_b((uint16_t *)tail_b[i], esp_ceil_div(t->k, 32) * 1024, &t->b, n0, n1 - n0, t->n0, t->n1, 0, t->k);
       }
   }
   int64_t configured = 0, k0 = kbeg;
@@ -275,10 +290,10 @@ void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t 
     const char *b = (const char *)j->b.data + (n0 / 32 * j->b.ld + k0 / 32) * ESP_GEMM_BLOCK;
     int64_t b_panel = j->b.ld * ESP_GEMM_BLOCK;
     if (own_b) {
+      b_panel = blocks * ESP_GEMM_BLOCK + PANEL_GAP;
       if (retag(s->b_tag, j->id, (uint64_t)nb, (uint64_t)kc, (uint64_t)k0))
-        fill_b((uint16_t *)s->b, &j->b, n0, n1 - n0, 0, j->n, k0, nk);
+        fill_b((uint16_t *)s->b, b_panel / 2, &j->b, n0, n1 - n0, 0, j->n, k0, nk);
       b = s->b;
-      b_panel = blocks * ESP_GEMM_BLOCK;
     }
     if (own_a && retag(s->a_tag, j->id, (uint64_t)mb, (uint64_t)kc, (uint64_t)k0))
       fill_a((uint16_t *)s->a, &j->a, m0, m1 - m0, k0, nk);

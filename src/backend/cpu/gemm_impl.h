@@ -74,8 +74,9 @@ typedef struct esp_gsizes {
 /* Engines. */
 esp_gsizes esp_gemm_amx_sizes(const esp_gjob *j);
 void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t mb, int64_t nb);
-/* Panel `p` (columns 32p..) of operand b over its whole contraction, at its place among all panels. */
-void esp_gemm_amx_fill_panel(void *panels, const esp_goper *b, int64_t p, int64_t n, int64_t k);
+/* Makes all panels of operand b ([n/32][k/32] blocks) in so many independent chunks. */
+int64_t esp_gemm_amx_fill_chunks(const esp_goper *b, int64_t n, int64_t k);
+void esp_gemm_amx_fill(void *panels, const esp_goper *b, int64_t chunk, int64_t n, int64_t k);
 esp_gsizes esp_gemm_blas_sizes(const esp_gjob *j);
 void esp_gemm_blas_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t mb, int64_t nb);
 void esp_gemm_blas_init(void);

@@ -55,17 +55,38 @@ void esp_amx_block_from_rows(uint16_t *dst, const uint16_t *src, int64_t ld, int
   esp_amx_b_from_rows(dst, src, ld, 0, rows, cols);
 }
 
+/* Columns 0..15 and 16..31 of two rows, their elements alternating. */
+#define PAIRS(first, second)                                                                                           \
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,   \
+                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);                                    \
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16))
+
 TARGET void esp_amx_b_from_cols(uint16_t *dst, const uint16_t *src, int64_t ld, int64_t lo, int64_t hi, int64_t k) {
   __mmask32 m = mask_below(hi) & ~mask_below(lo);
-  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  PAIRS(first, second);
   for (int i = 0; i < 16; i++) {
     __m512i a = _mm512_setzero_si512(), b = a;
     if (2 * i < k) a = _mm512_maskz_loadu_epi16(m, src + 2 * i * ld);
     if (2 * i + 1 < k) b = _mm512_maskz_loadu_epi16(m, src + (2 * i + 1) * ld);
     _mm512_storeu_si512(dst + i * 32, _mm512_permutex2var_epi16(a, first, b));
     _mm512_storeu_si512(dst + 512 + i * 32, _mm512_permutex2var_epi16(a, second, b));
+  }
+}
+
+TARGET void esp_amx_b_from_long_rows(uint16_t *dst, int64_t panel, const uint16_t *src, int64_t ld, int64_t cols,
+                                     int64_t k) {
+  PAIRS(first, second);
+  for (int64_t q = 0; q < ((k + 31) & ~(int64_t)31); q += 2) {
+    uint16_t *d = dst + q / 32 * 1024 + q % 32 / 2 * 32;
+    const uint16_t *p = src + q * ld;
+    for (int64_t c = 0; c < cols; c += 32, d += panel) {
+      __mmask32 m = mask_below(cols - c);
+      __m512i a = _mm512_setzero_si512(), b = a;
+      if (q < k) a = _mm512_maskz_loadu_epi16(m, p + c);
+      if (q + 1 < k) b = _mm512_maskz_loadu_epi16(m, p + ld + c);
+      _mm512_storeu_si512(d, _mm512_permutex2var_epi16(a, first, b));
+      _mm512_storeu_si512(d + 512, _mm512_permutex2var_epi16(a, second, b));
+    }
   }
 }
 

@@ -9,6 +9,9 @@
 
 void esp_amx_b_from_rows(uint16_t *dst, const uint16_t *src, int64_t ld, int64_t lo, int64_t hi, int64_t k);
 void esp_amx_b_from_cols(uint16_t *dst, const uint16_t *src, int64_t ld, int64_t lo, int64_t hi, int64_t k);
+/* b blocks of a whole run of columns, a pair of rows after the other so that memory is read in long streams: block
+ * (column / 32, k / 32) at dst + (column / 32) * panel + (k / 32) * 1024. */
+void esp_amx_b_from_long_rows(uint16_t *dst, int64_t panel, const uint16_t *src, int64_t ld, int64_t cols, int64_t k);
 void esp_amx_b_exchange(uint16_t *dst, const uint16_t *block); /* the block of the transposed matrix */
 void esp_amx_a_from_cols(uint16_t *dst, const uint16_t *src, int64_t ld, int64_t lo, int64_t hi, int64_t k);
 /* rows x cols (cols < 32) copied into a zeroed 32 x 32 tile pair, row after row. */
