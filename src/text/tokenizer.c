@@ -200,12 +200,20 @@ out:
   return st;
 }
 
-void esp_tokenizer_destroy(esp_tokenizer *t) {
-  if (!t) return;
-  for (esp_encoder *e = t->free_encoders, *next; e; e = next) {
+void esp_tokenizer_trim(esp_tokenizer *t) {
+  pthread_mutex_lock(&t->lock);
+  esp_encoder *list = t->free_encoders;
+  t->free_encoders = NULL;
+  pthread_mutex_unlock(&t->lock);
+  for (esp_encoder *e = list, *next; e; e = next) {
     next = e->next;
     esp_encoder_destroy(e);
   }
+}
+
+void esp_tokenizer_destroy(esp_tokenizer *t) {
+  if (!t) return;
+  esp_tokenizer_trim(t);
   for (int i = 0; t->norms && i < t->n_norms; i++) esp_regex_destroy(t->norms[i].regex);
   for (int i = 0; t->pres && i < t->n_pres; i++) esp_regex_destroy(t->pres[i].regex);
   for (int i = 0; t->decs && i < t->n_decs; i++) esp_regex_destroy(t->decs[i].regex);

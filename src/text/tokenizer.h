@@ -14,6 +14,9 @@ typedef struct esp_tokenizer esp_tokenizer;
 esp_status esp_tokenizer_load(const char *dir, esp_tokenizer **out);
 esp_status esp_tokenizer_parse(const char *json, size_t len, const char *path, esp_tokenizer **out);
 void esp_tokenizer_destroy(esp_tokenizer *t);
+/* Frees the idle encoders with their caches (as many as threads happened to encode at once); the next encode makes its
+ * own. Called when the data is tokenised, so that what a run holds is a function of the recipe alone. */
+void esp_tokenizer_trim(esp_tokenizer *t);
 
 typedef struct esp_ids { /* growable */
   int32_t *data;

@@ -32,6 +32,7 @@ esp_status esp_train_data_load(const esp_recipe *r, bool with_tasks, bool with_e
       goto out;
     }
   }
+  esp_tokenizer_trim(d->tok);
 out:
   if (st != ESP_OK) esp_train_data_deinit(d);
   return st;

@@ -119,6 +119,11 @@ static void test_straight(void **state) {
   double ratio = (double)straight.memory_peak / (double)plan->peak_bytes;
   print_message("plan %lld, measured %lld, ratio %.4f\n", (long long)plan->peak_bytes, (long long)straight.memory_peak,
                 ratio);
+  esp_mem_stats books;
+  esp_mem_stats_get(&books);
+  for (int k = 0; k < plan->n_categories; k++)
+    print_message("  %-12s plan %9lld measured %9lld\n", plan->category_name[k], (long long)plan->category_bytes[k],
+                  (long long)books.peak[k]);
   assert_true(ratio > 0.97 && ratio < 1.03);
   assert_true(plan->fits && plan->flops > 0 && plan->trainable > 0);
   esp_plan_free(plan);

@@ -21,6 +21,7 @@ typedef struct count_impl {
   fake_block *blocks;
   int count, cap;
   int64_t work_bytes; /* as esp_cpu_work holds them */
+  esp_gemm_need gemm; /* as the products hold them */
 } count_impl;
 
 static void *fake_alloc(esp_backend *be, esp_mem_kind kind, int64_t bytes) {
@@ -87,6 +88,7 @@ static void destroy(esp_backend *be) {
   if (c) {
     for (int i = 0; i < c->count; i++) esp_mem_account(c->blocks[i].kind, -c->blocks[i].bytes);
     esp_mem_account(ESP_MEM_WORKSPACE, -c->work_bytes);
+    esp_mem_account(ESP_MEM_WORKSPACE, -(int64_t)(c->gemm.scratch + c->gemm.partial + c->gemm.panels));
     esp_mem_free(c->blocks);
   }
   esp_mem_free(c);
@@ -108,12 +110,27 @@ static void tails_cost(const esp_tail *tails, int n, esp_tensor y, double *flops
   }
   (void)y;
 }
+/* Brackets a product in its dry form: what its scratch grows by enters the books. */
+static esp_gemm_need products_begin(esp_backend *be) {
+  count_impl *c = be->impl;
+  esp_cpu_gemm_dry(&c->gemm);
+  return c->gemm;
+}
+static void products_end(esp_backend *be, esp_gemm_need old) {
+  const esp_gemm_need *n = &((count_impl *)be->impl)->gemm;
+  esp_cpu_gemm_dry(NULL);
+  esp_mem_account(ESP_MEM_WORKSPACE,
+                  (int64_t)(n->scratch + n->partial + n->panels) - (int64_t)(old.scratch + old.partial + old.panels));
+}
 static void linear(esp_backend *be, esp_tensor y, esp_tensor x, const esp_wview *w, esp_tensor bias,
                    const esp_tail *tails, int n_tails, float beta) {
   double flops = 2 * (double)esp_tensor_rows(&x) * (double)w->out * (double)w->in;
   double bytes = bytes_of(x) + weight_bytes(w, x) + bytes_of(bias) + bytes_of(y) * (beta != 0 ? 2 : 1);
   tails_cost(tails, n_tails, y, &flops, &bytes);
   add(be, flops, bytes);
+  esp_gemm_need old = products_begin(be);
+  esp_cpu_linear(be, y, x, w, bias, tails, n_tails, beta);
+  products_end(be, old);
 }
 static void linear_dx(esp_backend *be, esp_tensor dx, esp_tensor dy, const esp_wview *w, const esp_tail *tails,
                       int n_tails, float beta) {
@@ -121,12 +138,17 @@ static void linear_dx(esp_backend *be, esp_tensor dx, esp_tensor dy, const esp_w
   double bytes = bytes_of(dy) + weight_bytes(w, dy) + bytes_of(dx) * (beta != 0 ? 2 : 1);
   tails_cost(tails, n_tails, dx, &flops, &bytes);
   add(be, flops, bytes);
+  esp_gemm_need old = products_begin(be);
+  esp_cpu_linear_dx(be, dx, dy, w, tails, n_tails, beta);
+  products_end(be, old);
 }
 static void matmul(esp_backend *be, esp_tensor c, esp_tensor a, bool trans_a, esp_tensor b, bool trans_b, float alpha,
                    float beta) {
-  (void)b, (void)trans_b, (void)alpha;
   double k = (double)(trans_a ? esp_tensor_rows(&a) : esp_tensor_cols(&a));
   add(be, 2 * numel(c) * k, bytes_of(a) + bytes_of(b) + bytes_of(c) * (beta != 0 ? 2 : 1));
+  esp_gemm_need old = products_begin(be);
+  esp_cpu_matmul(be, c, a, trans_a, b, trans_b, alpha, beta);
+  products_end(be, old);
 }
 
 static void embed(esp_backend *be, esp_tensor y, esp_tensor table, const int32_t *ids, float scale) {

@@ -350,7 +350,7 @@ static float load_elem(const void *p, esp_dtype t, int64_t i) {
 
 void esp_gemm_epilogue(const esp_gjob *j, int64_t m0, int64_t n0, int64_t rows, int64_t cols, const float *sum,
                        int64_t lds) {
-  if (!j->c_trans && esp_cpu_isa() == ESP_ISA_AMX) {
+  if (esp_cpu_isa() == ESP_ISA_AMX) {
     esp_gemm_epilogue_avx512(j, m0, n0, rows, cols, sum, lds);
     return;
   }

@@ -21,6 +21,13 @@ void esp_cpu_matmul(esp_backend *be, esp_tensor c, esp_tensor a, bool trans_a, e
 /* Bytes a packed operand of [out, in] takes in `compute` type at the current level (for planning and the count
  * backend). */
 int64_t esp_cpu_pack_bytes(int64_t out, int64_t in, esp_dtype compute);
+/* Scratch that products hold, each the largest so far. Between esp_cpu_gemm_dry(need) and esp_cpu_gemm_dry(NULL) the
+ * products above compute nothing and only raise `need`: this is how the counting backend knows. One caller at a time.
+ */
+typedef struct esp_gemm_need {
+  size_t scratch, partial, panels; /* scratch: of all threads */
+} esp_gemm_need;
+void esp_cpu_gemm_dry(esp_gemm_need *need);
 /* Releases the per-thread scratch of the products (backend destruction). */
 void esp_cpu_gemm_shutdown(void);
 
