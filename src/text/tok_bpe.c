@@ -139,7 +139,7 @@ static esp_status start_chars(const esp_tokenizer *t, esp_encoder *e, const char
       key_n = e->mapped.len;
       ESP_TRY(symbols_reserve(e, k + (int64_t)(n - at + key_n) + 2));
     }
-    int32_t id = esp_vocab_find(&t->vocab, key, key_n);
+    int32_t id = key == s + at && len == 1 ? m->ascii_id[(unsigned char)s[at]] : esp_vocab_find(&t->vocab, key, key_n);
     at += (size_t)len;
     if (id >= 0) {
       if (unknown) e->symbols[k++].id = m->unk;
@@ -202,24 +202,46 @@ static esp_status merge_piece(const esp_tokenizer *t, esp_encoder *e, const char
   return ESP_OK;
 }
 
-#define CACHE_BITS 15
+#define CACHE_BITS 17
 
-static esp_status cached_piece(const esp_tokenizer *t, esp_encoder *e, const char *s, size_t n, esp_ids *out) {
-  if (n > ESP_CACHE_KEY) return merge_piece(t, e, s, n, out);
+static inline uint64_t load64(const char *p) {
+  uint64_t v;
+  memcpy(&v, p, 8);
+  return v;
+}
+static inline uint32_t load32(const char *p) {
+  uint32_t v;
+  memcpy(&v, p, 4);
+  return v;
+}
+
+/* Equality of two strings of n <= ESP_CACHE_KEY bytes without a call. */
+static inline bool same_key(const char *a, const char *b, size_t n) {
+  if (n >= 8) {
+    if (load64(a) != load64(b) || load64(a + n - 8) != load64(b + n - 8)) return false;
+    return n <= 16 || load64(a + 8) == load64(b + 8);
+  }
+  if (n >= 4) return load32(a) == load32(b) && load32(a + n - 4) == load32(b + n - 4);
+  return a[0] == b[0] && a[n - 1] == b[n - 1] && a[n / 2] == b[n / 2];
+}
+
+/* Words recur: most pieces are one hash and one cache line. */
+esp_status esp_cached_piece(const esp_tokenizer *t, esp_encoder *e, const char *s, size_t n, esp_ids *out) {
+  if (n > ESP_CACHE_KEY) return t->wordpiece ? esp_wordpiece_piece(t, s, n, out) : merge_piece(t, e, s, n, out);
   if (!e->cache) {
     e->cache = esp_mem_alloc(ESP_MEM_DATA, sizeof(esp_cache_slot) << CACHE_BITS);
     if (!e->cache) return ESP_ERR_MEMORY;
   }
   uint64_t hash = XXH3_64bits(s, n);
   esp_cache_slot *slot = &e->cache[hash >> (64 - CACHE_BITS)];
-  if (slot->hash == hash && slot->len == n && !memcmp(slot->key, s, n)) {
+  if (slot->hash == hash && slot->len == n && same_key(slot->key, s, n)) {
     if (out->n + ESP_CACHE_IDS > out->cap) ESP_TRY(esp_ids_reserve(out, ESP_CACHE_IDS));
     memcpy(out->data + out->n, slot->ids, sizeof slot->ids); /* always all: the rest is overwritten or beyond n */
     out->n += slot->n;
     return ESP_OK;
   }
   int64_t before = out->n;
-  ESP_TRY(merge_piece(t, e, s, n, out));
+  ESP_TRY(t->wordpiece ? esp_wordpiece_piece(t, s, n, out) : merge_piece(t, e, s, n, out));
   int64_t made = out->n - before;
   if (made > ESP_CACHE_IDS) return ESP_OK;
   slot->hash = hash;
@@ -232,7 +254,7 @@ static esp_status cached_piece(const esp_tokenizer *t, esp_encoder *e, const cha
 
 esp_status esp_bpe_piece(const esp_tokenizer *t, esp_encoder *e, const char *s, size_t n, esp_ids *out) {
   if (n == 0) return ESP_OK;
-  if (!t->bpe.space_cut) return cached_piece(t, e, s, n, out);
+  if (!t->bpe.space_cut) return esp_cached_piece(t, e, s, n, out);
   /* U+2581 is E2 96 81: cut before each run of them. */
   size_t from = 0;
   for (;;) {
@@ -240,7 +262,7 @@ esp_status esp_bpe_piece(const esp_tokenizer *t, esp_encoder *e, const char *s, 
     while (n - at >= 3 && !memcmp(s + at, "\xE2\x96\x81", 3)) at += 3;
     const char *mark = at < n ? memmem(s + at, n - at, "\xE2\x96\x81", 3) : NULL;
     size_t end = mark ? (size_t)(mark - s) : n;
-    ESP_TRY(cached_piece(t, e, s + from, end - from, out));
+    ESP_TRY(esp_cached_piece(t, e, s + from, end - from, out));
     if (!mark) return ESP_OK;
     from = end;
   }

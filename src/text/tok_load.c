@@ -261,6 +261,8 @@ static esp_status bpe_options(esp_tokenizer *t, const json_t *o) {
     m->fallback_id[b] = esp_vocab_find(&t->vocab, name, (size_t)n);
     n = esp_utf8_put(name, esp_byte_to_cp((unsigned char)b));
     m->byte_id[b] = esp_vocab_find(&t->vocab, name, (size_t)n);
+    name[0] = (char)b;
+    if (b < 128) m->ascii_id[b] = esp_vocab_find(&t->vocab, name, 1);
   }
   return ESP_OK;
 }

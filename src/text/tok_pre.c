@@ -198,7 +198,7 @@ static esp_status byte_level(const esp_pre *p, esp_encoder *e, const char *text,
 }
 
 static esp_status feed(const esp_tokenizer *t, esp_encoder *e, const char *s, size_t n, esp_ids *out) {
-  return t->wordpiece ? esp_wordpiece_piece(t, s, n, out) : esp_bpe_piece(t, e, s, n, out);
+  return t->wordpiece ? esp_cached_piece(t, e, s, n, out) : esp_bpe_piece(t, e, s, n, out);
 }
 
 /* The last pre-tokenizer is ByteLevel and the model takes raw bytes: cut and encode in one go. */

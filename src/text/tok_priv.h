@@ -150,6 +150,7 @@ typedef struct esp_bpe {
   esp_merge_slot *merges;
   uint64_t mask;
   int shift;
+  int32_t ascii_id[128];    /* id of the one-character token, -1 */
   int32_t byte_id[256];     /* byte-level: id of the byte's letter, -1 */
   int32_t fallback_id[256]; /* <0xNN>, -1 */
   int32_t unk;              /* -1 */
@@ -245,6 +246,8 @@ esp_status esp_tok_normalize(const esp_tokenizer *t, esp_encoder *e, const char 
 esp_status esp_tok_section(const esp_tokenizer *t, esp_encoder *e, const char *text, size_t n, esp_section where,
                            esp_ids *out);
 esp_status esp_bpe_piece(const esp_tokenizer *t, esp_encoder *e, const char *s, size_t n, esp_ids *out);
+/* esp_bpe_piece or esp_wordpiece_piece of a word, through the encoder's cache. */
+esp_status esp_cached_piece(const esp_tokenizer *t, esp_encoder *e, const char *s, size_t n, esp_ids *out);
 esp_status esp_wordpiece_piece(const esp_tokenizer *t, const char *s, size_t n, esp_ids *out);
 esp_status esp_ids_push(esp_ids *ids, int32_t id);
 esp_status esp_ids_reserve(esp_ids *ids, int64_t more);
