@@ -207,6 +207,7 @@ typedef struct stripe {
 /* The result's lines arrive while the product is made. */
 static void prefetch_result(const esp_gjob *j, int64_t m, int64_t n, int64_t rows) {
   int64_t es = j->c_type == ESP_F32 ? 4 : 2;
+  if (es == 4 && j->m * j->n >= ESP_GEMM_HUGE) return; /* written past the caches */
   const char *p = (const char *)j->c + (m * j->ldc + n) * es;
   for (int64_t r = 0; r < rows; r++, p += j->ldc * es) {
     __builtin_prefetch(p, 1, 3);
@@ -257,10 +258,7 @@ static void run_stripe(const stripe *st, const char *own_a, int64_t k0, int64_t 
       multiply_any(segs, n_segs, begin ? NULL : keep, st->ld_keep, store ? done : keep, store ? 32 : st->ld_keep,
                    st->rows > 16, cols > 16);
       if (!store) continue;
-      if (j->c_trans)
-        esp_gemm_epilogue(j, st->m, n, st->rows, cols, done, 32);
-      else
-        esp_gemm_epilogue_avx512(j, st->m, n, st->rows, cols, done, 32);
+      esp_gemm_epilogue_avx512(j, st->m, n, st->rows, cols, done, 32);
     }
   }
 }
@@ -313,5 +311,6 @@ void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t 
     }
     k0 += esp_max64(nk, 1);
   } while (k0 < kend);
+  if (j->c_type == ESP_F32 && j->m * j->n >= ESP_GEMM_HUGE) __asm__ volatile("sfence" ::: "memory");
   release();
 }

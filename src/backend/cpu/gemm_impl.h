@@ -16,7 +16,8 @@ enum {
   ESP_GEMM_STRIPE = 32,  /* rows of a stripe: two tiles one above the other */
   ESP_GEMM_KSTEP = 32,   /* contraction elements per tile */
   ESP_GEMM_BLOCK = 2048, /* bytes of a 32 x 32 bf16 block: two tiles */
-  ESP_GEMM_MAX_TAILS = 16
+  ESP_GEMM_MAX_TAILS = 16,
+  ESP_GEMM_HUGE = 4 * 1024 * 1024 /* elements of an fp32 result that is written past the caches */
 };
 
 /* Where element (i, k) of an operand lies; i is the row (a) or the column (b) of the result. */

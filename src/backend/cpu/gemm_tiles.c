@@ -173,16 +173,43 @@ TARGET static void epilogue_panel(const esp_gjob *j, uint16_t *c, int64_t n0, in
   }
 }
 
+/* A transposed result (gradients of thin weights): a column of sums becomes a row of c. */
+TARGET static void epilogue_transposed(const esp_gjob *j, int64_t m0, int64_t n0, int64_t rows, int64_t cols,
+                                       const float *sum, int64_t lds) {
+  __m512i at = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                  _mm512_set1_epi32((int)lds));
+  __m512 alpha = _mm512_set1_ps(j->alpha), beta = _mm512_set1_ps(j->beta);
+  for (int64_t i = 0; i < cols; i++)
+    for (int64_t r = 0; r < rows; r += 16) {
+      __mmask16 m = rows - r >= 16 ? 0xffff : (__mmask16)((1u << (rows - r)) - 1);
+      int64_t e = (n0 + i) * j->ldc + m0 + r;
+      __m512 v = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, at, sum + r * lds + i, 4);
+      v = _mm512_mul_ps(v, alpha);
+      if (j->beta != 0) v = _mm512_add_ps(v, _mm512_mul_ps(load16(j->c, j->c_type, e, m), beta));
+      if (j->c_type == ESP_F32)
+        _mm512_mask_storeu_ps((float *)j->c + e, m, v);
+      else
+        _mm256_mask_storeu_epi16((uint16_t *)j->c + e, m, (__m256i)_mm512_cvtneps_pbh(v));
+    }
+}
+
 TARGET void esp_gemm_epilogue_avx512(const esp_gjob *j, int64_t m0, int64_t n0, int64_t rows, int64_t cols,
                                      const float *sum, int64_t lds) {
+  if (j->c_trans) {
+    epilogue_transposed(j, m0, n0, rows, cols, sum, lds);
+    return;
+  }
   if (cols == 32 && lds == 32 && j->c_type == ESP_BF16 && j->alpha == 1) {
     epilogue_panel(j, (uint16_t *)j->c + m0 * j->ldc + n0, n0, rows, sum, lds);
     return;
   }
+  /* logits far larger than any cache are written past it, which spares reading the lines first */
+  bool huge = j->c_type == ESP_F32 && j->beta == 0 && j->m * j->n >= ESP_GEMM_HUGE;
   bool scale = j->alpha != 1, beta = j->beta != 0;
   __m512 alpha = _mm512_set1_ps(j->alpha), vbeta = _mm512_set1_ps(j->beta);
   for (int64_t i = 0; i < cols; i += 16) {
     __mmask16 m = cols - i >= 16 ? 0xffff : (__mmask16)((1u << (cols - i)) - 1);
+    bool stream = huge && m == 0xffff;
     __m512 bias = j->bias ? load16(j->bias, j->bias_type, n0 + i, m) : _mm512_setzero_ps();
     for (int64_t r = 0; r < rows; r++) {
       int64_t e = (m0 + r) * j->ldc + n0 + i;
@@ -190,7 +217,9 @@ TARGET void esp_gemm_epilogue_avx512(const esp_gjob *j, int64_t m0, int64_t n0, 
       if (scale) v = _mm512_mul_ps(v, alpha);
       if (j->bias) v = _mm512_add_ps(v, bias);
       if (beta) v = _mm512_add_ps(v, _mm512_mul_ps(load16(j->c, j->c_type, e, m), vbeta));
-      if (j->c_type == ESP_F32)
+      if (stream && ((uintptr_t)((float *)j->c + e) & 63) == 0)
+        _mm512_stream_ps((float *)j->c + e, v);
+      else if (j->c_type == ESP_F32)
         _mm512_mask_storeu_ps((float *)j->c + e, m, v);
       else
         _mm256_mask_storeu_epi16((uint16_t *)j->c + e, m, (__m256i)_mm512_cvtneps_pbh(v));
