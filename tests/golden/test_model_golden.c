@@ -14,15 +14,15 @@ static void logits_of(fx *f, float *out) {
   FX_OK(esp_model_logits(f->m, &f->stack, &f->b, rows, (int)f->b.tokens, out));
 }
 
-static void check_logits(const char *family) {
+static void check_logits(const char *family, esp_dtype compute, double tol) {
   fx f;
-  fx_open(&f, family, "cpu", ESP_F32);
+  fx_open(&f, family, "cpu", compute);
   int64_t n = f.b.tokens * esp_model_describe(f.m)->vocab;
   float *out = calloc((size_t)n, sizeof *out);
   logits_of(&f, out);
   double e = fx_rel(out, fx_data(&f, "logits"), n);
-  print_message("%-10s logits %.2e\n", family, e);
-  assert_true(e < TOL);
+  print_message("%-10s %s logits %.2e\n", family, esp_dtype_name(compute), e);
+  assert_true(e < tol);
   free(out);
   fx_close(&f);
 }
@@ -103,7 +103,10 @@ static void check_gradients(const char *family) {
 }
 
 static void test_logits(void **state) {
-  for (int i = 0; i < FX_FAMILIES; i++) check_logits(fx_families[i]);
+  for (int i = 0; i < FX_FAMILIES; i++) {
+    check_logits(fx_families[i], ESP_F32, TOL);
+    check_logits(fx_families[i], ESP_BF16, 2e-2); /* packed operands of the bf16 path; 8 bits of mantissa */
+  }
 }
 static void test_gradients(void **state) {
   for (int i = 0; i < FX_FAMILIES; i++) check_gradients(fx_families[i]);
