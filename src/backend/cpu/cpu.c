@@ -14,6 +14,7 @@ typedef struct cpu_impl {
 const esp_kernels *esp_cpu_kernels(void) {
   switch (esp_cpu_isa()) {
   case ESP_ISA_AMX:
+    return &esp_kernels_amx;
   case ESP_ISA_AVX512:
     return &esp_kernels_avx512;
   case ESP_ISA_AVX2:

@@ -55,7 +55,44 @@ static void k_copy_rows(esp_tensor y, const int32_t *to, esp_tensor x, const int
 #undef BODY
 }
 
-/* Words of blocks b .. b+VL-1 of the stream, vectorised over blocks, written in element order: out[4*VL]. */
+/* Words of blocks b .. b+VL-1 of the stream, one block per lane, written in element order: out[4*VL]. */
+#if defined(ESP_K_AVX512)
+INLINE void mul_wide(__m512i a, __m512i m, __m512i *hi, __m512i *lo) { /* 32 x 32 -> 64 bits in every lane */
+  __m512i even = _mm512_mul_epu32(a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
+  *lo = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  *hi = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
+INLINE void philox_blocks(uint64_t seed, uint64_t stream, uint64_t b, uint32_t *out) {
+  const __m512i m0 = _mm512_set1_epi32((int)0xD2511F53u), m1 = _mm512_set1_epi32((int)0xCD9E8D57u);
+  uint32_t lo[VL] __attribute__((aligned(64))), hi[VL] __attribute__((aligned(64)));
+  for (int i = 0; i < VL; i++) lo[i] = (uint32_t)(b + (uint64_t)i), hi[i] = (uint32_t)((b + (uint64_t)i) >> 32);
+  __m512i c0 = _mm512_load_si512(lo), c1 = _mm512_load_si512(hi);
+  __m512i c2 = _mm512_set1_epi32((int)(uint32_t)stream), c3 = _mm512_set1_epi32((int)(uint32_t)(stream >> 32));
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; round++) {
+    __m512i h0, l0, h1, l1;
+    mul_wide(c0, m0, &h0, &l0);
+    mul_wide(c2, m1, &h1, &l1);
+    c0 = _mm512_ternarylogic_epi32(h1, c1, _mm512_set1_epi32((int)k0), 0x96); /* xor of the three */
+    c2 = _mm512_ternarylogic_epi32(h0, c3, _mm512_set1_epi32((int)k1), 0x96);
+    c1 = l1;
+    c3 = l0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  /* [word][block] -> [block][word] */
+  __m512i t0 = _mm512_unpacklo_epi32(c0, c1), t1 = _mm512_unpackhi_epi32(c0, c1);
+  __m512i t2 = _mm512_unpacklo_epi32(c2, c3), t3 = _mm512_unpackhi_epi32(c2, c3);
+  __m512i u0 = _mm512_unpacklo_epi64(t0, t2), u1 = _mm512_unpackhi_epi64(t0, t2);
+  __m512i u2 = _mm512_unpacklo_epi64(t1, t3), u3 = _mm512_unpackhi_epi64(t1, t3); /* u_j lane L: block 4L+j */
+  __m512i a = _mm512_shuffle_i32x4(u0, u1, 0x44), c = _mm512_shuffle_i32x4(u2, u3, 0x44);
+  __m512i d = _mm512_shuffle_i32x4(u0, u1, 0xee), e = _mm512_shuffle_i32x4(u2, u3, 0xee);
+  _mm512_store_si512(out, _mm512_shuffle_i32x4(a, c, 0x88));
+  _mm512_store_si512(out + 16, _mm512_shuffle_i32x4(a, c, 0xdd));
+  _mm512_store_si512(out + 32, _mm512_shuffle_i32x4(d, e, 0x88));
+  _mm512_store_si512(out + 48, _mm512_shuffle_i32x4(d, e, 0xdd));
+}
+#else
 INLINE void philox_blocks(uint64_t seed, uint64_t stream, uint64_t b, uint32_t *out) {
   uint32_t c[4][VL], k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
   for (int i = 0; i < VL; i++) {
@@ -80,6 +117,7 @@ INLINE void philox_blocks(uint64_t seed, uint64_t stream, uint64_t b, uint32_t *
   for (int i = 0; i < VL; i++)
     for (int j = 0; j < 4; j++) out[4 * i + j] = c[j][i];
 }
+#endif
 
 /* Element e is kept when its 24-bit uniform is >= p: esp_rng_uniform(seed, stream, e). */
 INLINE void dropout_row(void *y, const bool yb, const void *x, const bool xb, float p, uint64_t seed, uint64_t stream,

@@ -12,6 +12,7 @@ INLINE double ce_row(const esp_ce_args *a, int64_t r, const float cap) {
   int64_t n = esp_tensor_cols(&a->logits);
   float best = -INFINITY; /* of the capped logits */
   double sum = 0;
+  int64_t best_block = 0;
   for (int64_t b = 0; b < n; b += BLOCK) {
     int64_t m = n - b < BLOCK ? n - b : BLOCK, whole = m / VL * VL;
     float tail[VL];
@@ -22,6 +23,7 @@ INLINE double ce_row(const esp_ce_args *a, int64_t r, const float cap) {
     if (t > best) {
       sum *= exp((double)best - (double)t); /* 0 at first */
       best = t;
+      best_block = b;
     }
     vf k = vset(best), s = m > whole ? vexp(capped(ld(tail), cap) - k) : vset(0);
     if (m > whole) { /* a capped -inf is -cap: lanes past the end must not count */
@@ -38,11 +40,11 @@ INLINE double ce_row(const esp_ce_args *a, int64_t r, const float cap) {
   double lse = (double)best + log(sum), nll = lse - (double)xt;
   if (a->logprob) a->logprob[r] = (float)-nll;
   if (a->argmax) {
-    int64_t i = 0;
-    float top = x[0];
-    for (int64_t j = 1; j < n; j++)
-      if (x[j] > top) top = x[j], i = j;
-    a->argmax[r] = (int32_t)i;
+    /* the first maximum lies in the first block that reached it; a cap makes ties of what it saturates: read all */
+    int64_t i = cap > 0 ? 0 : best_block, end = cap > 0 || i + BLOCK > n ? n : i + BLOCK, at = i;
+    for (int64_t j = i + 1; j < end; j++)
+      if (x[j] > x[at]) at = j;
+    a->argmax[r] = (int32_t)at;
   }
   if (a->d.data) {
     void *d = esp_row(&a->d, r);

@@ -1,6 +1,6 @@
 /* kernels.h: the vector kernels of the cpu backend as one table per instruction set. Each works on a range of rows (or
- * elements, or columns) in the calling thread; the files beside it cut the work and call esp_parallel. The three tables
- * come from one source (kernels.inc.h) compiled for plain C, AVX2 and AVX-512. */
+ * elements, or columns) in the calling thread; the files beside it cut the work and call esp_parallel. The tables
+ * come from one source (kernels.inc.h) compiled for each level. */
 #ifndef ESP_BACKEND_CPU_KERNELS_H
 #define ESP_BACKEND_CPU_KERNELS_H
 
@@ -47,7 +47,7 @@ typedef struct esp_kernels {
   void (*attn_decode)(const esp_decode_args *a, int64_t b, int head, float *scores);
 } esp_kernels;
 
-extern const esp_kernels esp_kernels_plain, esp_kernels_avx2, esp_kernels_avx512;
+extern const esp_kernels esp_kernels_plain, esp_kernels_avx2, esp_kernels_avx512, esp_kernels_amx;
 const esp_kernels *esp_cpu_kernels(void); /* of esp_cpu_isa() */
 
 static inline void *esp_row(const esp_tensor *t, int64_t r) {
