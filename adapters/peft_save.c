@@ -5,6 +5,7 @@
  * model.safetensors under the base's names, with the small adapter_config.json that lets it be loaded here again. */
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "adapters/internal.h"
@@ -51,9 +52,31 @@ static json_t *json_list(const char *const *list, int n) {
   return j;
 }
 
-static json_t *json_patterns(const esp_pattern *list, int n, double factor) {
+static int by_key(const void *x, const void *y) {
+  return strcmp(((const esp_pattern *)x)->key, ((const esp_pattern *)y)->key);
+}
+
+/* The file's keys are sorted, and the first that matches counts: where sorting would change a value, the exact paths
+ * are written in the place of the patterns. */
+static json_t *json_patterns(const esp_adapter *a, const esp_pattern *list, int n, double fallback, double factor) {
   json_t *j = json_object();
-  for (int i = 0; i < n; i++) json_object_set_new(j, list[i].key, json_number(list[i].value * factor));
+  esp_site **sites;
+  int n_sites = esp_model_sites(a->model, &sites);
+  esp_pattern *sorted = esp_mem_alloc(ESP_MEM_HOST, (size_t)(n + 1) * sizeof *sorted);
+  bool same = true;
+  if (sorted) {
+    if (n) memcpy(sorted, list, (size_t)n * sizeof *sorted);
+    qsort(sorted, (size_t)n, sizeof *sorted, by_key);
+    for (int i = 0; i < n_sites && same; i++)
+      same = !a->targeted[i] || esp_pattern_value(list, n, sites[i]->path, fallback) ==
+                                    esp_pattern_value(sorted, n, sites[i]->path, fallback);
+  }
+  esp_mem_free(sorted);
+  for (int i = 0; i < n && same; i++) json_object_set_new(j, list[i].key, json_number(list[i].value * factor));
+  for (int i = 0; i < n_sites && !same; i++) {
+    double value = esp_pattern_value(list, n, sites[i]->path, fallback);
+    if (a->targeted[i] && value != fallback) json_object_set_new(j, sites[i]->path, json_number(value * factor));
+  }
   return j;
 }
 
@@ -99,7 +122,8 @@ static json_t *lora_config(const esp_adapter *a, bool converted) {
                                       "use_bdlora",
                                       "velora_config"};
   for (size_t i = 0; i < sizeof nulls / sizeof nulls[0]; i++) json_object_set_new(j, nulls[i], json_null());
-  json_object_set_new(j, "alpha_pattern", json_patterns(c->alpha_pattern, c->n_alpha_pattern, alpha_factor));
+  json_object_set_new(j, "alpha_pattern",
+                      json_patterns(a, c->alpha_pattern, c->n_alpha_pattern, c->alpha, alpha_factor));
   json_object_set_new(j, "base_model_name_or_path", json_string(esp_model_dir(a->model)));
   json_object_set_new(j, "bias", json_string(c->bias));
   json_object_set_new(j, "ensure_weight_tying", json_false());
@@ -124,7 +148,8 @@ static json_t *lora_config(const esp_adapter *a, bool converted) {
                       c->n_modules_to_save ? json_list(c->modules_to_save, c->n_modules_to_save) : json_null());
   json_object_set_new(j, "qalora_group_size", json_integer(16));
   json_object_set_new(j, "r", json_integer((json_int_t)(c->r * (int64_t)rank_factor)));
-  json_object_set_new(j, "rank_pattern", json_patterns(c->rank_pattern, c->n_rank_pattern, rank_factor));
+  json_object_set_new(j, "rank_pattern",
+                      json_patterns(a, c->rank_pattern, c->n_rank_pattern, (double)c->r, rank_factor));
   json_object_set_new(j, "target_modules", json_targets(a));
   json_object_set_new(j, "task_type", json_string("CAUSAL_LM"));
   json_t *tokens = c->n_trainable_tokens ? json_array() : json_null();

@@ -29,7 +29,7 @@ static const row rows[] = {
      "qwen",
      {LORA, NAMES("q_proj", "k_proj", "v_proj"),
       .rank_pattern = (const esp_pattern[]){{"k_proj", 2}, {"layers.1.self_attn.q_proj", 7}}, .n_rank_pattern = 2,
-      .alpha_pattern = (const esp_pattern[]){{"v_proj", 3}}, .n_alpha_pattern = 1},
+      .alpha_pattern = (const esp_pattern[]){{"v_proj", 3}, {"layers.1.self_attn.v_proj", 9}}, .n_alpha_pattern = 2},
      false},
     {"lora layer 1 and head",
      "qwen",
