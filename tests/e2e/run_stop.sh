@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Signals through the program: SIGTERM and SIGUSR1 finish the step, write a complete checkpoint and end with code 6; the
+# resumed run has the bytes of the undisturbed one. Exit codes of refusals.
+# Mutation seen caught: `interrupted` returning without its checkpoint (loop.c): resume starts too early or differs.
+. "$(dirname "$0")/../script.sh"
+"$MAKE_TINY" "$work"
+cd "$work"
+"$ESPALIER" run recipe.yaml --quiet --output "$work/straight" || fail "the undisturbed run"
+for signal in TERM USR1; do
+  rm -rf "$work/stopped"
+  "$ESPALIER" run recipe.yaml --quiet checkpoint.every=1000 --output "$work/stopped" > /dev/null 2> err.txt &
+  pid=$!
+  for _ in $(seq 1 2000); do # until it steps
+    [ -s "$work/stopped/metrics.jsonl" ] && grep -q '^{"step":2,' "$work/stopped/metrics.jsonl" && break
+    sleep 0.005
+  done
+  kill -"$signal" "$pid" || fail "the run ended before the signal"
+  code=0
+  wait "$pid" || code=$?
+  [ "$code" = 6 ] || { cat err.txt; fail "SIG$signal: exit code $code, not 6"; }
+  "$ESPALIER" resume "$work/stopped" --quiet || fail "resume after SIG$signal"
+  same_adapters "$work/straight" "$work/stopped"
+done
+expect() { # code, words, command
+  local want=$1 words=$2 code=0
+  shift 2
+  "$ESPALIER" "$@" > out.txt 2> err.txt || code=$?
+  [ "$code" = "$want" ] || { cat err.txt; fail "$*: exit code $code, not $want"; }
+  grep -q -- "$words" err.txt || { cat err.txt; fail "$*: says nothing of '$words'"; }
+}
+expect 2 "already holds a run" run recipe.yaml --output "$work/straight"
+expect 2 "lora_rnak" run recipe.yaml adapter.lora_rnak=4 --output "$work/x"
+expect 3 "nothing.jsonl" run recipe.yaml tasks[0].data[0].path=nothing.jsonl --output "$work/x"
+expect 4 "memory.limit" run recipe.yaml memory.limit=100KiB --output "$work/x"
+expect 3 "no run" resume "$work/x"
+[ ! -e "$work/x" ] || fail "a refused run left $work/x behind"
+echo "signals and refusals: as they should be"
