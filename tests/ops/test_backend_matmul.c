@@ -278,6 +278,20 @@ static void long_contractions(void **state) {
     wide.dx = true;
     run_linear(&wide);
   }
+  /* logits: a result larger than the caches, and the way back over as many outputs */
+  esp_cpu_isa_set(esp_cpu_isa_available());
+  linear_case logits = {.compute = ESP_BF16,
+                        .m = 70,
+                        .out = {60100},
+                        .in = 9,
+                        .n_out = 1,
+                        .packed = true,
+                        .stored = ESP_BF16,
+                        .y_f32 = true};
+  run_linear(&logits);
+  logits.dx = true;
+  logits.y_f32 = false;
+  run_linear(&logits);
 }
 
 static void run_matmul(esp_dtype ta, esp_dtype tb, esp_dtype tc, int64_t m, int64_t n, int64_t k, bool trans_a,

@@ -110,7 +110,7 @@ static void plan_amx(esp_gjob *j) {
   if (fill_a && j->m <= 64) {
     /* thin result over long columns (dB, dA): parts of the contraction, each read once as L2-sized blocks */
     int64_t parts = esp_max64(1, esp_min64(j->k / 128, 8));
-    j->kb = even_block(esp_ceil_div(esp_max64(j->k, 1), parts), 256);
+    j->kb = even_block(esp_ceil_div(esp_max64(j->k, 1), parts), 128);
     j->kc = j->kb * esp_ceil_div(j->k, j->kb * parts);
     j->mb = round32(j->m);
     j->nb = even_block(j->n, 1536);
