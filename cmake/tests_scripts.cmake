@@ -19,6 +19,10 @@ esp_script_test(faults_disk_full faults disk_full.sh)
 if(MPI_C_FOUND)
   esp_script_test(dist_ranks dist ranks.sh ENV "DIST_SUITE=$<TARGET_FILE:test_dist_comm>")
 endif()
+esp_script_test(e2e_bad_input e2e bad_input.sh)
+esp_script_test(e2e_verbs e2e verbs.sh)
+add_test(NAME repo_docs COMMAND ${CMAKE_SOURCE_DIR}/tests/repo/docs.sh $<TARGET_FILE:espalier_bin>)
+set_tests_properties(repo_docs PROPERTIES LABELS repo)
 # tests/e2e/run_<what>.sh
 file(GLOB e2e_scripts CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/e2e/run_*.sh)
 foreach(path IN LISTS e2e_scripts)
@@ -26,3 +30,12 @@ foreach(path IN LISTS e2e_scripts)
   get_filename_component(name ${path} NAME_WE)
   esp_script_test(e2e_${name} e2e ${file})
 endforeach()
+
+# The example is built against the public interface alone, and run.
+add_executable(example_finetune ${CMAKE_SOURCE_DIR}/examples/finetune.c)
+target_include_directories(example_finetune PRIVATE ${CMAKE_SOURCE_DIR}/include)
+target_link_libraries(example_finetune PRIVATE espalier)
+target_compile_options(example_finetune PRIVATE -Wall -Wextra -Werror)
+add_test(NAME e2e_example COMMAND bash ${CMAKE_SOURCE_DIR}/tests/e2e/example.sh WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
+set_tests_properties(e2e_example PROPERTIES LABELS e2e TIMEOUT 600 ENVIRONMENT
+  "ESPALIER=$<TARGET_FILE:espalier_bin>;MAKE_TINY=$<TARGET_FILE:make_tiny>;EXAMPLE=$<TARGET_FILE:example_finetune>;ESP_SOURCE_DIR=${CMAKE_SOURCE_DIR}")
