@@ -2,6 +2,7 @@
  * known to change nothing, or an error that names it. Defaults for absent keys are those of the configuration classes
  * of transformers 5.23 (models/<family>/configuration_<family>.py), read there on 2026-11. */
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -176,6 +177,17 @@ static const key_row keys[] = {
     {"remove_invalid_values", ALL, K_HARMLESS},
 };
 
+esp_status esp_model_refuse(const char *fmt, ...) {
+  char line[2048];
+  va_list args;
+  va_start(args, fmt);
+  vsnprintf(line, sizeof line, fmt, args);
+  va_end(args);
+  for (char *c = line; *c; c++)
+    if ((unsigned char)*c < 0x20 || *c == 0x7f) *c = '?';
+  return esp_fail(ESP_ERR_DATA, "%s", line);
+}
+
 static bool is_nothing(const json_t *v) {
   return json_is_null(v) || json_is_false(v) || (json_is_number(v) && json_number_value(v) == 0.0) ||
          (json_is_array(v) && json_array_size(v) == 0) || (json_is_object(v) && json_object_size(v) == 0);
@@ -189,12 +201,11 @@ static esp_status check_keys(json_t *root, const family_row *f, const char *path
     for (size_t i = 0; i < sizeof keys / sizeof *keys && !row; i++)
       if ((keys[i].families & f->bit) && !strcmp(keys[i].key, key)) row = &keys[i];
     if (!row)
-      return esp_fail(ESP_ERR_DATA, "%s: key '%s' is not understood for model_type '%s': it may change the computation",
-                      path, key, f->name);
+      return esp_model_refuse("%s: key '%s' is not understood for model_type '%s': it may change the computation", path,
+                              key, f->name);
     bool one = json_is_null(value) || json_is_true(value) || (json_is_number(value) && json_number_value(value) == 1.0);
     if ((row->class == K_FALSE && !is_nothing(value)) || (row->class == K_ONE && !one))
-      return esp_fail(ESP_ERR_DATA, "%s: this value of key '%s' is not supported for model_type '%s'", path, key,
-                      f->name);
+      return esp_model_refuse("%s: this value of key '%s' is not supported for model_type '%s'", path, key, f->name);
   }
   return ESP_OK;
 }
@@ -211,7 +222,7 @@ static esp_status read_size(const json_t *o, const char *key, const char *path, 
   int64_t v = *out;
   ESP_TRY(esp_json_i64(o, key, path, required, &v));
   if (present(o, key) && (v < 1 || v > max))
-    return esp_fail(ESP_ERR_DATA, "%s: key '%s' is %lld, outside 1 to %lld", path, key, (long long)v, (long long)max);
+    return esp_model_refuse("%s: key '%s' is %lld, outside 1 to %lld", path, key, (long long)v, (long long)max);
   *out = v;
   return ESP_OK;
 }
@@ -222,7 +233,7 @@ static esp_status read_number(const json_t *o, const char *key, const char *path
   double v = *out;
   ESP_TRY(esp_json_f64(o, key, path, required, &v));
   if (present(o, key) && !(v >= min && v <= max))
-    return esp_fail(ESP_ERR_DATA, "%s: key '%s' is %g, outside %g to %g", path, key, v, min, max);
+    return esp_model_refuse("%s: key '%s' is %g, outside %g to %g", path, key, v, min, max);
   *out = (float)v;
   return ESP_OK;
 }
@@ -252,7 +263,7 @@ static esp_status read_act(const json_t *o, const char *key, const char *path, c
       *out = acts[i].act;
       return ESP_OK;
     }
-  return esp_fail(ESP_ERR_DATA, "%s: key '%s': activation '%s' is not supported", path, key, name);
+  return esp_model_refuse("%s: key '%s': activation '%s' is not supported", path, key, name);
 }
 
 static esp_status read_rope(const json_t *root, const char *path, esp_model_desc *d) {
@@ -271,25 +282,25 @@ static esp_status read_rope(const json_t *root, const char *path, esp_model_desc
   const char *where = present(root, "rope_parameters") ? "rope_parameters" : "rope_scaling";
   const json_t *o = json_object_get(root, where);
   if (!o || json_is_null(o)) return ESP_OK;
-  if (!json_is_object(o)) return esp_fail(ESP_ERR_DATA, "%s: key '%s' must be an object", path, where);
+  if (!json_is_object(o)) return esp_model_refuse("%s: key '%s' must be an object", path, where);
   const char *key;
   json_t *value;
   json_object_foreach((json_t *)o, key, value) {
     bool ok = false;
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) ok = ok || !strcmp(known[i], key);
-    if (!ok) return esp_fail(ESP_ERR_DATA, "%s: key '%s.%s' is not understood", path, where, key);
+    if (!ok) return esp_model_refuse("%s: key '%s.%s' is not understood", path, where, key);
   }
   ESP_TRY(read_number(o, "rope_theta", path, 0, 1.0, 1e15, &d->rope_theta));
   ESP_TRY(read_number(o, "partial_rotary_factor", path, 0, 0.0, 1.0, &d->rope_fraction));
   if (d->rope_fraction != 1.0f)
-    return esp_fail(ESP_ERR_DATA, "%s: this value of key '%s.partial_rotary_factor' is not supported", path, where);
+    return esp_model_refuse("%s: this value of key '%s.partial_rotary_factor' is not supported", path, where);
   const char *type = "default";
   ESP_TRY(esp_json_str(o, "type", path, 0, &type));
   ESP_TRY(esp_json_str(o, "rope_type", path, 0, &type));
   if (!strcmp(type, "default")) return ESP_OK;
   if (strcmp(type, "linear") && strcmp(type, "llama3"))
-    return esp_fail(ESP_ERR_DATA, "%s: rope type '%s' in '%s' is not supported (default, linear, llama3 are)", path,
-                    type, where);
+    return esp_model_refuse("%s: rope type '%s' in '%s' is not supported (default, linear, llama3 are)", path, type,
+                            where);
   ESP_TRY(read_number(o, "factor", path, 1, 1e-3, 1e6, &d->rope_factor));
   d->rope_scaling = ESP_ROPE_LINEAR;
   if (!strcmp(type, "linear")) return ESP_OK;
@@ -297,7 +308,7 @@ static esp_status read_rope(const json_t *root, const char *path, esp_model_desc
   ESP_TRY(read_number(o, "low_freq_factor", path, 1, 1e-3, 1e6, &d->rope_low_freq));
   ESP_TRY(read_number(o, "high_freq_factor", path, 1, 1e-3, 1e6, &d->rope_high_freq));
   if (d->rope_high_freq <= d->rope_low_freq)
-    return esp_fail(ESP_ERR_DATA, "%s: '%s.high_freq_factor' must be above low_freq_factor", path, where);
+    return esp_model_refuse("%s: '%s.high_freq_factor' must be above low_freq_factor", path, where);
   return read_size(o, "original_max_position_embeddings", path, 1, INT64_C(1) << 40, &d->rope_original_positions);
 }
 
@@ -320,15 +331,15 @@ static esp_status read_windows(const json_t *root, const char *path, const famil
   if (!present(root, "layer_types")) return ESP_OK;
   const json_t *types = json_object_get(root, "layer_types");
   if (!json_is_array(types) || json_array_size(types) != (size_t)d->layers)
-    return esp_fail(ESP_ERR_DATA, "%s: key 'layer_types' must be a list of %d names", path, d->layers);
+    return esp_model_refuse("%s: key 'layer_types' must be a list of %d names", path, d->layers);
   for (int i = 0; i < d->layers; i++) {
     const char *t = json_string_value(json_array_get(types, (size_t)i));
     bool full = t && !strcmp(t, "full_attention"), sliding = t && !strcmp(t, "sliding_attention");
     if (!full && !sliding)
-      return esp_fail(ESP_ERR_DATA, "%s: key 'layer_types': entry %d (%s) is not supported", path, i, t ? t : "?");
+      return esp_model_refuse("%s: key 'layer_types': entry %d (%s) is not supported", path, i, t ? t : "?");
     bool fixed = !(f->bit & (QWEN2 | QWEN3)); /* these families have no choice per layer */
     if ((sliding && window == 0) || (fixed && sliding != (d->window[i] > 0)))
-      return esp_fail(ESP_ERR_DATA, "%s: key 'layer_types': entry %d contradicts sliding_window", path, i);
+      return esp_model_refuse("%s: key 'layer_types': entry %d contradicts sliding_window", path, i);
     d->window[i] = sliding ? (int)window : 0;
   }
   return ESP_OK;
@@ -346,14 +357,14 @@ static esp_status read_rotary(const json_t *root, const char *path, const family
   ESP_TRY(read_size(root, "head_dim", path, 0, 4096, &head_dim));
   if (head_dim == 0 || (f->head_dim == 0 && !present(root, "head_dim"))) {
     if (d->hidden % heads)
-      return esp_fail(ESP_ERR_DATA, "%s: hidden_size %lld is not a multiple of num_attention_heads %lld", path,
-                      (long long)d->hidden, (long long)heads);
+      return esp_model_refuse("%s: hidden_size %lld is not a multiple of num_attention_heads %lld", path,
+                              (long long)d->hidden, (long long)heads);
     head_dim = d->hidden / heads;
   }
   if (heads % kv)
-    return esp_fail(ESP_ERR_DATA, "%s: num_attention_heads %lld is not a multiple of num_key_value_heads %lld", path,
-                    (long long)heads, (long long)kv);
-  if (head_dim % 2) return esp_fail(ESP_ERR_DATA, "%s: head_dim %lld must be even", path, (long long)head_dim);
+    return esp_model_refuse("%s: num_attention_heads %lld is not a multiple of num_key_value_heads %lld", path,
+                            (long long)heads, (long long)kv);
+  if (head_dim % 2) return esp_model_refuse("%s: head_dim %lld must be even", path, (long long)head_dim);
   d->layers = (int)layers;
   d->heads = (int)heads;
   d->kv_heads = (int)kv;
@@ -391,8 +402,8 @@ static esp_status read_gpt2(const json_t *root, const char *path, const family_r
   d->ffn = 4 * d->hidden;
   ESP_TRY(read_size(root, "n_inner", path, 0, 1 << 22, &d->ffn));
   if (d->hidden % heads)
-    return esp_fail(ESP_ERR_DATA, "%s: n_embd %lld is not a multiple of n_head %lld", path, (long long)d->hidden,
-                    (long long)heads);
+    return esp_model_refuse("%s: n_embd %lld is not a multiple of n_head %lld", path, (long long)d->hidden,
+                            (long long)heads);
   d->layers = (int)layers;
   d->heads = d->kv_heads = (int)heads;
   d->head_dim = (int)(d->hidden / heads);
@@ -415,7 +426,7 @@ static esp_status read_token(const json_t *root, const char *key, const char *pa
   ESP_TRY(esp_json_i64(root, key, path, 0, &v));
   const json_t *j = json_object_get(root, key);
   if (j && json_is_null(j)) v = -1;
-  if (v < -1 || v > INT32_MAX) return esp_fail(ESP_ERR_DATA, "%s: key '%s' is not a token id", path, key);
+  if (v < -1 || v > INT32_MAX) return esp_model_refuse("%s: key '%s' is not a token id", path, key);
   *out = v < vocab ? (int32_t)v : -1; /* GPT-2's defaults lie outside the vocabulary of small models */
   return ESP_OK;
 }
@@ -433,11 +444,11 @@ static esp_status read_tokens(const json_t *root, const char *path, const family
     return ESP_OK;
   }
   if (json_array_size(eos) > sizeof d->eos / sizeof *d->eos)
-    return esp_fail(ESP_ERR_DATA, "%s: key 'eos_token_id' lists more than 8 tokens", path);
+    return esp_model_refuse("%s: key 'eos_token_id' lists more than 8 tokens", path);
   for (size_t i = 0; i < json_array_size(eos); i++) {
     const json_t *v = json_array_get(eos, i);
     if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) >= d->vocab)
-      return esp_fail(ESP_ERR_DATA, "%s: key 'eos_token_id' must list token ids below vocab_size", path);
+      return esp_model_refuse("%s: key 'eos_token_id' must list token ids below vocab_size", path);
     d->eos[d->n_eos++] = (int32_t)json_integer_value(v);
   }
   return ESP_OK;
@@ -450,20 +461,20 @@ static esp_status find_family(const json_t *root, const char *path, const family
   for (int i = 0; i < N_FAMILIES; i++)
     if (!strcmp(families[i].name, type)) *out = &families[i];
   if (!*out)
-    return esp_fail(ESP_ERR_DATA, "%s: model_type '%s' is not supported (llama, mistral, qwen2, qwen3, gpt2 are)", path,
-                    type);
+    return esp_model_refuse("%s: model_type '%s' is not supported (llama, mistral, qwen2, qwen3, gpt2 are)", path,
+                            type);
   const json_t *a = json_object_get(root, "architectures");
   if (!a || json_is_null(a)) return ESP_OK;
   const char *name = json_is_array(a) && json_array_size(a) == 1 ? json_string_value(json_array_get(a, 0)) : NULL;
   if (!name || (strcmp(name, (*out)->architecture) && strcmp(name, (*out)->bare)))
-    return esp_fail(ESP_ERR_DATA, "%s: architecture '%s' is not supported for model_type '%s' (%s is)", path,
-                    name ? name : "?", type, (*out)->architecture);
+    return esp_model_refuse("%s: architecture '%s' is not supported for model_type '%s' (%s is)", path,
+                            name ? name : "?", type, (*out)->architecture);
   return ESP_OK;
 }
 
 static esp_status parse(const json_t *root, const char *path, esp_model_desc *d) {
   const family_row *f;
-  if (!json_is_object(root)) return esp_fail(ESP_ERR_DATA, "%s: must hold an object", path);
+  if (!json_is_object(root)) return esp_model_refuse("%s: must hold an object", path);
   ESP_TRY(find_family(root, path, &f));
   ESP_TRY(check_keys((json_t *)root, f, path));
   snprintf(d->family, sizeof d->family, "%s", f->name);
@@ -481,7 +492,7 @@ static esp_status parse(const json_t *root, const char *path, esp_model_desc *d)
   ESP_TRY(esp_json_str(root, key, path, 0, &dtype));
   d->stored = !strcmp(dtype, "bfloat16") ? ESP_BF16 : !strcmp(dtype, "float16") ? ESP_F16 : ESP_F32;
   if (d->stored == ESP_F32 && strcmp(dtype, "float32") && strcmp(dtype, "float64"))
-    return esp_fail(ESP_ERR_DATA, "%s: key '%s': type '%s' is not supported", path, key, dtype);
+    return esp_model_refuse("%s: key '%s': type '%s' is not supported", path, key, dtype);
   return read_tokens(root, path, f, d);
 }
 

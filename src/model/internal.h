@@ -115,6 +115,9 @@ typedef struct esp_pass {
   const int32_t *kv_lens;
 } esp_pass;
 
+/* desc.c: ESP_ERR_DATA with a message that stays one line whatever names the files bring. */
+esp_status esp_model_refuse(const char *fmt, ...) ESP_PRINTF(1, 2);
+
 /* sites.c */
 esp_status esp_sites_build(esp_model *m);
 

@@ -242,8 +242,8 @@ static esp_status check_tied(const esp_model *m) {
   const esp_st_entry *a = m->ss[m->embed->index].weight, *b = esp_st_find(m->st, "lm_head.weight");
   if (!b || a == b) return ESP_OK;
   if (a->dtype != b->dtype || a->bytes != b->bytes || memcmp(a->data, b->data, (size_t)a->bytes) != 0)
-    return esp_fail(ESP_ERR_DATA, "%s: config.json says tie_word_embeddings, but 'lm_head.weight' differs from '%s'",
-                    b->file, a->name);
+    return esp_model_refuse("%s: config.json says tie_word_embeddings, but 'lm_head.weight' differs from '%s'", b->file,
+                            a->name);
   esp_st_drop(b);
   return ESP_OK;
 }

@@ -26,8 +26,8 @@ static esp_status check_shape(const esp_st_entry *e, int ndim, int64_t a, int64_
   bool same = e->ndim == ndim && e->shape[0] == a && (ndim == 1 || e->shape[1] == b);
   if (!e->raw_dtype_known ||
       (e->dtype != ESP_F32 && e->dtype != ESP_BF16 && e->dtype != ESP_F16 && e->dtype != ESP_F64))
-    return esp_fail(ESP_ERR_DATA, "%s: tensor '%s' is not of a floating-point type this engine computes with", e->file,
-                    e->name);
+    return esp_model_refuse("%s: tensor '%s' is not of a floating-point type this engine computes with", e->file,
+                            e->name);
   if (same) return ESP_OK;
   char have[96] = "", want[64];
   int at = 0;
@@ -37,8 +37,7 @@ static esp_status check_shape(const esp_st_entry *e, int ndim, int64_t a, int64_
     snprintf(want, sizeof want, "%lld", (long long)a);
   else
     snprintf(want, sizeof want, "%lld, %lld", (long long)a, (long long)b);
-  return esp_fail(ESP_ERR_DATA, "%s: tensor '%s' has shape [%s], config.json asks for [%s]", e->file, e->name, have,
-                  want);
+  return esp_model_refuse("%s: tensor '%s' has shape [%s], config.json asks for [%s]", e->file, e->name, have, want);
 }
 
 typedef struct binder {
@@ -90,10 +89,10 @@ esp_status esp_weights_bind(esp_model *m) {
   if (b.n_missing || b.n_extra) {
     if (b.n_missing > LIST_MAX) esp_strbuf_puts(&b.missing, ", ...");
     if (b.n_extra > LIST_MAX) esp_strbuf_puts(&b.extra, ", ...");
-    st = esp_fail(ESP_ERR_DATA, "%s: the weights do not match config.json (%s): %d missing%s%s%s, %d unexpected%s%s%s",
-                  m->dir, m->d.architecture, b.n_missing, b.n_missing ? " (" : "", b.n_missing ? b.missing.data : "",
-                  b.n_missing ? ")" : "", b.n_extra, b.n_extra ? " (" : "", b.n_extra ? b.extra.data : "",
-                  b.n_extra ? ")" : "");
+    st = esp_model_refuse("%s: the weights do not match config.json (%s): %d missing%s%s%s, %d unexpected%s%s%s",
+                          m->dir, m->d.architecture, b.n_missing, b.n_missing ? " (" : "",
+                          b.n_missing ? b.missing.data : "", b.n_missing ? ")" : "", b.n_extra, b.n_extra ? " (" : "",
+                          b.n_extra ? b.extra.data : "", b.n_extra ? ")" : "");
   }
 out:
   esp_map_destroy(b.used);
@@ -169,8 +168,8 @@ esp_status esp_check_finite(const esp_st_entry *e) {
   size_t size = esp_dtype_size(e->dtype);
   int64_t at = 0;
   while (at < c.n && !chunk_has_nonfinite(c.data + (size_t)at * size, e->dtype, 1)) at++;
-  return esp_fail(ESP_ERR_DATA, "%s: tensor '%s' holds a non-finite value (element %lld of %lld)", e->file, e->name,
-                  (long long)at, (long long)c.n);
+  return esp_model_refuse("%s: tensor '%s' holds a non-finite value (element %lld of %lld)", e->file, e->name,
+                          (long long)at, (long long)c.n);
 }
 
 /* ---- fresh weights: N(0, 0.02), projections into the residual stream scaled by 1/sqrt(2 layers) (GPT-2) ---- */
