@@ -160,7 +160,9 @@ static void replace(const char *s, size_t n, const esp_norm *k, esp_strbuf *out)
 static esp_status replace_regex(esp_encoder *e, const char *s, size_t n, const esp_norm *k, esp_strbuf *out) {
   size_t at = 0, from = 0, start, stop;
   int rc;
-  while (from <= n && (rc = esp_regex_find(k->regex, e->regex, s, n, from, &start, &stop)) != 0) {
+  const char *seen = esp_regex_text(s, n, &e->stand_in);
+  if (!seen) return ESP_ERR_MEMORY;
+  while (from <= n && (rc = esp_regex_find(k->regex, e->regex, seen, n, from, &start, &stop)) != 0) {
     if (rc < 0) return ESP_ERR_DATA;
     esp_strbuf_add(out, s + at, start - at);
     esp_strbuf_add(out, k->b, k->nb);

@@ -93,6 +93,7 @@ static esp_status cut_piece(const esp_pre *p, esp_encoder *e, const char *text, 
   size_t n = piece.n, done = 0, from = 0, start, stop, last = SIZE_MAX;
   cut c = {0};
   int rc;
+  if (p->regex && !(s = esp_regex_text(s, n, &e->stand_in))) return ESP_ERR_MEMORY;
   while (from <= n && (rc = match(p, e, s, n, from, &start, &stop)) != 0) {
     if (rc < 0) return ESP_ERR_DATA;
     bool empty = start == stop;

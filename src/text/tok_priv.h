@@ -23,6 +23,9 @@ esp_status esp_regex_create(const char *pattern, size_t n, const char *path, esp
 void esp_regex_destroy(esp_regex *r);
 esp_status esp_regex_state_create(esp_regex_state **out);
 void esp_regex_state_destroy(esp_regex_state *s);
+/* The text to hand to esp_regex_find: `text`, or a copy in `spare` where characters newer than PCRE2's tables have been
+ * replaced by older ones of their kind and length, so that places are the same. NULL: no memory. */
+const char *esp_regex_text(const char *text, size_t n, esp_strbuf *spare);
 /* 1: match at [*start, *stop), 0: none, -1: PCRE2 gave up (error set). */
 int esp_regex_find(const esp_regex *r, esp_regex_state *s, const char *text, size_t n, size_t from, size_t *start,
                    size_t *stop);
@@ -186,7 +189,7 @@ typedef struct esp_encoder {
   esp_cache_slot *cache;
   esp_regex_state *regex;
   esp_strbuf text, norm, spare; /* repaired input; normalised section; scratch of both normalisers and splitters */
-  esp_strbuf mapped;
+  esp_strbuf mapped, stand_in;
   esp_piece *pieces, *pieces2;
   int64_t n_pieces, cap_pieces, cap_pieces2;
   /* merging of one piece: linked symbols and a heap */

@@ -22,10 +22,13 @@ struct esp_regex_state {
   "\\x{0}-\\x{8}\\x{e}-\\x{1f}!-\\x{84}\\x{86}-\\x{9f}\\x{a1}-\\x{167f}\\x{1681}-\\x{1fff}\\x{200b}-\\x{2027}"         \
   "\\x{202a}-\\x{202e}\\x{2030}-\\x{205e}\\x{2060}-\\x{2fff}\\x{3001}-\\x{10ffff}"
 
-/* Oniguruma's \w: Alphabetic, marks, decimal digits, connectors, and the Latin-1 numbers; PCRE2's lacks marks. */
+/* Oniguruma's \w: Alphabetic, marks, decimal digits, connectors; outside a class the
+ * Latin-1 superscripts and fractions too (as the package behaves). PCRE2's lacks marks. */
 #define WORD_IN_CLASS                                                                                                  \
-  "\\p{L}\\p{M}\\p{Nd}\\p{Nl}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}"      \
+  "\\p{L}\\p{M}\\p{Nd}\\p{Nl}\\p{Pc}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}"                                          \
   "\\x{1f150}-\\x{1f169}\\x{1f170}-\\x{1f189}"
+
+#define LATIN_NUMBERS "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}"
 
 static esp_status not_understood(const char *path, const char *pattern, const char *what) {
   return esp_fail(ESP_ERR_DATA, "%s: regular expression '%.80s': %s is not understood", path, pattern, what);
@@ -43,9 +46,9 @@ static esp_status translate(const char *p, size_t n, const char *path, esp_strbu
       } else if (d == 'S') {
         esp_strbuf_puts(out, in_class ? NOT_SPACE_IN_CLASS : "[^" SPACE_IN_CLASS "]");
       } else if (d == 'w') {
-        esp_strbuf_puts(out, in_class ? WORD_IN_CLASS : "[" WORD_IN_CLASS "]");
+        esp_strbuf_puts(out, in_class ? WORD_IN_CLASS : "[" WORD_IN_CLASS LATIN_NUMBERS "]");
       } else if (d == 'W' && !in_class) {
-        esp_strbuf_puts(out, "[^" WORD_IN_CLASS "]");
+        esp_strbuf_puts(out, "[^" WORD_IN_CLASS LATIN_NUMBERS "]");
       } else if (strchr("hHRXGKQECWbB", d)) {
         return not_understood(path, p, "this escape");
       } else {
@@ -132,6 +135,26 @@ void esp_regex_state_destroy(esp_regex_state *s) {
   pcre2_match_context_free(s->context);
   pcre2_match_data_free(s->data);
   esp_mem_free(s);
+}
+
+const char *esp_regex_text(const char *text, size_t n, esp_strbuf *spare) {
+  bool copied = false;
+  if (esp_is_ascii(text, n)) return text;
+  for (size_t i = 0; i < n;) {
+    int len;
+    uint32_t c = esp_utf8_get(text + i, &len), to = esp_cp_stand_in(c);
+    if (to != c) {
+      if (!copied) {
+        esp_strbuf_clear(spare);
+        esp_strbuf_add(spare, text, n);
+        if (spare->failed) return NULL;
+        copied = true;
+      }
+      esp_utf8_put(spare->data + i, to);
+    }
+    i += (size_t)len;
+  }
+  return copied ? spare->data : text;
 }
 
 int esp_regex_find(const esp_regex *r, esp_regex_state *s, const char *text, size_t n, size_t from, size_t *start,

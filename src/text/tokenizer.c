@@ -78,6 +78,7 @@ void esp_encoder_destroy(esp_encoder *e) {
   esp_strbuf_deinit(&e->norm);
   esp_strbuf_deinit(&e->spare);
   esp_strbuf_deinit(&e->mapped);
+  esp_strbuf_deinit(&e->stand_in);
   esp_mem_free(e->cache);
   esp_mem_free(e->pieces);
   esp_mem_free(e->pieces2);

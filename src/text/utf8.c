@@ -60,12 +60,22 @@ bool esp_cp_space(uint32_t c) {
          c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
-enum { LETTER = 1, NUMBER = 2, NUMERIC = 4, PUNCT = 8, MARK = 16, NONSPACING = 32, CONTROL = 64, WORD = 128 };
+enum {
+  LETTER = 1,
+  NUMBER = 2,
+  NUMERIC = 4,
+  PUNCT = 8,
+  MARK = 16,
+  NONSPACING = 32,
+  CONTROL = 64,
+  WORD = 128,
+  NEWER = 256
+};
 
-static uint8_t classes[0x110000];
+static uint16_t classes[0x110000];
 static pthread_once_t classes_once = PTHREAD_ONCE_INIT;
 
-static void fill(const uint32_t *ranges, size_t n, uint8_t bit) {
+static void fill(const uint32_t *ranges, size_t n, uint16_t bit) {
   for (size_t i = 0; i < n; i += 2)
     for (uint32_t c = ranges[i]; c <= ranges[i + 1]; c++) classes[c] |= bit;
 }
@@ -80,6 +90,15 @@ static void classes_build(void) {
   FILL(nonspacing, NONSPACING);
   FILL(control, CONTROL);
   FILL(word, WORD);
+  for (size_t i = 0; i < sizeof range_newer / sizeof *range_newer; i += 3)
+    for (uint32_t c = range_newer[i]; c <= range_newer[i + 1]; c++) classes[c] |= NEWER;
+}
+
+uint32_t esp_cp_stand_in(uint32_t c) {
+  if (!(classes[c] & NEWER)) return c;
+  for (size_t i = 0; i < sizeof range_newer / sizeof *range_newer; i += 3)
+    if (c >= range_newer[i] && c <= range_newer[i + 1]) return range_newer[i + 2];
+  return c;
 }
 
 void esp_classes_init(void) {

@@ -87,6 +87,8 @@ bool esp_cp_mark(uint32_t cp);       /* StripAccents */
 bool esp_cp_nonspacing(uint32_t cp); /* BertNormalizer strip_accents */
 bool esp_cp_control(uint32_t cp);    /* BertNormalizer clean_text */
 bool esp_cp_word(uint32_t cp);       /* \w of Whitespace and single_word */
-bool esp_cp_cjk(uint32_t cp);        /* the ideograph ranges of BERT */
+/* For a character that PCRE2's tables do not know yet: an older one of its category and length; else the character. */
+uint32_t esp_cp_stand_in(uint32_t cp);
+bool esp_cp_cjk(uint32_t cp); /* the ideograph ranges of BERT */
 
 #endif

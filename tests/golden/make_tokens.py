@@ -39,14 +39,14 @@ def small_bpe(corpus, pre, **options):
     t.pre_tokenizer = pre
     byte = isinstance(pre, pre_tokenizers.ByteLevel) or "ByteLevel" in str(pre)
     t.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=600, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"],
+        vocab_size=330, show_progress=False, limit_alphabet=400 if byte else 120, special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if byte else [],
         **{k: v for k, v in options.items() if k in ("continuing_subword_prefix", "end_of_word_suffix")}))
     return t
 
 
 def tokenizers(rng):
-    corpus = [text_of(rng) for _ in range(300)]
+    corpus = [text_of(rng) for _ in range(60)]
     P, N, D = pre_tokenizers, normalizers, decoders
     cl100k = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")

@@ -3,6 +3,7 @@
 every code point. Its regex engine and its Rust tables are of different Unicode versions, and both are newer than those
 of Debian's PCRE2 and utf8proc; exact splits need its own. Usage: make_unicode.py OUT.h"""
 import sys
+import unicodedata
 
 import tokenizers
 from tokenizers import Regex
@@ -35,6 +36,22 @@ def ranges(points):
     return out
 
 
+# Characters newer than Unicode 14 (PCRE2 10.42, and the Python this must run with), by category, each with an older
+# character of equal category and equal UTF-8 length that stands in for it while PCRE2 matches.
+STAND_INS = {"Lu": (0x1E00, 0x10400), "Ll": (0x1E01, 0x10428), "Lm": (0xA015, 0x16B40), "Lo": (0xA000, 0x10000),
+             "Mn": (0x1DC0, 0x10A01), "Mc": (0x0903, 0x11000), "Nd": (0x0966, 0x104A0), "Nl": (0x2160, 0x10140),
+             "No": (0x2460, 0x10107), "P": (0x2020, 0x10100), "S": (0x2190, 0x1D100)}
+
+
+def newer():
+    assert unicodedata.unidata_version == "14.0.0", unicodedata.unidata_version
+    for category, (three, four) in STAND_INS.items():
+        points = [c for c in regex_class("\\p{%s}" % category) if unicodedata.category(chr(c)) == "Cn"]
+        for a, b in ranges(points):
+            assert a >= 0x800 and (a > 0xFFFF) == (b > 0xFFFF)
+            yield a, b, three if a <= 0xFFFF else four
+
+
 def main():
     space = set(regex_class(r"\s"))
     word_pre = P.Whitespace()
@@ -63,6 +80,10 @@ def main():
                     line = ""
                 line += item
             f.write(line + "\n};\n")
+        f.write("static const uint32_t range_newer[] = { /* first, last, stand-in */\n")
+        for a, b, c in sorted(newer()):
+            f.write("0x%x,0x%x,0x%x,\n" % (a, b, c))
+        f.write("};\n")
 
 
 main()
