@@ -15,8 +15,8 @@ static struct {
   esp_gscratch *scratch;
   float *partial;
   size_t partial_bytes;
-  char *panels; /* an operand b made for all threads */
-  size_t panels_bytes;
+  char *panels, *tiles; /* operands b and a made for all threads */
+  size_t panels_bytes, tiles_bytes;
   uint64_t next_id;
 } g;
 
@@ -29,8 +29,9 @@ void esp_cpu_gemm_shutdown(void) {
   esp_mem_free(g.panels);
   g.partial = NULL;
   g.partial_bytes = 0;
-  g.panels = NULL;
-  g.panels_bytes = 0;
+  esp_mem_free(g.tiles);
+  g.panels = g.tiles = NULL;
+  g.panels_bytes = g.tiles_bytes = 0;
 }
 
 /* Set while the counting backend asks what a product would take: it is planned, its scratch noted, and not run. */
@@ -215,6 +216,22 @@ static esp_status share_b(esp_gjob *j) {
   return ESP_OK;
 }
 
+static void share_a_fn(void *ctx, int64_t chunk, int thread) {
+  const esp_gjob *j = ctx;
+  (void)thread;
+  esp_gemm_amx_fill_a(g.tiles, &j->a, chunk, j->m, j->k);
+}
+
+/* The same for an operand a that lies transposed (the gradient of a dense weight). */
+static esp_status share_a(esp_gjob *j) {
+  int64_t blocks = esp_ceil_div(j->k, 32), bytes = esp_ceil_div(j->m, 32) * blocks * ESP_GEMM_BLOCK;
+  if (j->a.kind != ESP_GOPER_COLS || j->m <= 64 || bytes > SHARE_MOST) return ESP_OK;
+  ESP_TRY(ensure((void **)&g.tiles, &g.tiles_bytes, (size_t)bytes));
+  esp_parallel(blocks, share_a_fn, j);
+  j->a = (esp_goper){g.tiles, ESP_BF16, ESP_GOPER_TILES, blocks};
+  return ESP_OK;
+}
+
 static bool is_bf16_job(const esp_gjob *j) {
   bool all = j->a.dtype == ESP_BF16 && j->b.dtype == ESP_BF16;
   for (int i = 0; i < j->n_tails; i++) all = all && j->tails[i].a.dtype == ESP_BF16 && j->tails[i].b.dtype == ESP_BF16;
@@ -229,6 +246,7 @@ static esp_status run(esp_gjob *j) {
   j->id = ++g.next_id;
   if (j->amx) {
     ESP_TRY(share_b(j));
+    ESP_TRY(share_a(j));
     plan_amx(j);
   } else {
     plan_blas(j);

@@ -156,12 +156,17 @@ void esp_gemm_amx_fill(void *panels, const esp_goper *b, int64_t chunk, int64_t 
     fill_b(d + chunk * panel, panel, b, 32 * chunk, esp_min64(32, n - 32 * chunk), 0, n, 0, k);
 }
 
-static void fill_a(uint16_t *dst, const esp_goper *o, int64_t m0, int64_t m, int64_t k0, int64_t nk) {
-  const uint16_t *p = o->data;
-  int64_t blocks = esp_ceil_div(nk, 32);
-  for (int64_t r = m0; r < m0 + m; r += 32)
-    for (int64_t b = 0; b < blocks; b++, dst += 1024)
-      esp_amx_a_from_cols(dst, p + (k0 + 32 * b) * o->ld + r, o->ld, 0, m0 + m - r, nk - 32 * b);
+/* Blocks of rows [m0, m0+m), a step of the contraction after the other: 32 streams of memory. */
+static void fill_a(uint16_t *dst, int64_t stripe, const esp_goper *o, int64_t m0, int64_t m, int64_t k0, int64_t nk) {
+  const uint16_t *p = (const uint16_t *)o->data + k0 * o->ld + m0;
+  for (int64_t k = 0; k < nk; k += 32)
+    for (int64_t r = 0; r < m; r += 32)
+      esp_amx_a_from_cols(dst + r / 32 * stripe + k / 32 * 1024, p + k * o->ld + r, o->ld, 0, m - r, nk - k);
+}
+
+void esp_gemm_amx_fill_a(void *tiles, const esp_goper *a, int64_t chunk, int64_t m, int64_t k) {
+  int64_t stripe = esp_ceil_div(k, 32) * 1024;
+  fill_a((uint16_t *)tiles + chunk * 1024, stripe, a, 0, m, 32 * chunk, esp_min64(32, k - 32 * chunk));
 }
 
 static bool retag(uint64_t *tag, uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
@@ -217,7 +222,7 @@ static void prefetch_result(const esp_gjob *j, int64_t m, int64_t n, int64_t row
 
 /* 32 rows against the columns of a block, over contraction [k0, k0+nk). The rows are taken in runs that fit the
  * first-level cache beside what streams past; between runs the sums rest in `keep`. */
-static void run_stripe(const stripe *st, const char *own_a, int64_t k0, int64_t nk, const char *b, int64_t b_panel,
+static void run_stripe(const stripe *st, const char *tiles_a, int64_t k0, int64_t nk, const char *b, int64_t b_panel,
                        char *const *tail_b, char *pad) {
   const esp_gjob *j = st->j;
   int64_t runs = esp_max64(1, esp_ceil_div(nk, RUN)), run = 32 * esp_ceil_div(nk, 32 * runs);
@@ -226,8 +231,8 @@ static void run_stripe(const stripe *st, const char *own_a, int64_t k0, int64_t 
     bool last = st->last && r == runs - 1;
     seg a[2 * (1 + ESP_GEMM_MAX_TAILS)];
     int count[1 + ESP_GEMM_MAX_TAILS] = {0}, end;
-    if (own_a) {
-      const char *p = own_a + at / 32 * ESP_GEMM_BLOCK;
+    if (tiles_a) {
+      const char *p = tiles_a + at / 32 * ESP_GEMM_BLOCK;
       a[0] = (seg){p, p + 1024, 64, ESP_GEMM_BLOCK, NULL, esp_ceil_div(len, 32)};
       count[0] = 1;
     } else {
@@ -294,7 +299,7 @@ void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t 
       b = s->b;
     }
     if (own_a && retag(s->a_tag, j->id, (uint64_t)mb, (uint64_t)kc, (uint64_t)k0))
-      fill_a((uint16_t *)s->a, &j->a, m0, m1 - m0, k0, nk);
+      fill_a((uint16_t *)s->a, blocks * 1024, &j->a, m0, m1 - m0, k0, nk);
     for (int64_t m = m0; m < m1; m += 32) {
       int64_t rows = esp_min64(32, m1 - m);
       if (rows != configured) configure(configured = rows);
@@ -306,7 +311,11 @@ void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t 
         st.ld_keep = j->nb;
         st.keep = (float *)s->c + (j->kb < j->kc ? (m - m0) * j->nb : 0);
       }
-      const char *a = own_a ? s->a + (m - m0) / 32 * blocks * ESP_GEMM_BLOCK : NULL;
+      const char *a = NULL;
+      if (own_a)
+        a = s->a + (m - m0) / 32 * blocks * ESP_GEMM_BLOCK;
+      else if (j->a.kind == ESP_GOPER_TILES)
+        a = (const char *)j->a.data + (m / 32 * j->a.ld + k0 / 32) * ESP_GEMM_BLOCK;
       run_stripe(&st, a, k0, nk, b, b_panel, tails && last ? tail_b : NULL, s->pad);
     }
     k0 += esp_max64(nk, 1);

@@ -12,9 +12,6 @@
 #include "backend/backend.h"
 
 enum {
-  ESP_GEMM_PANEL = 32,   /* columns of a panel: two tiles side by side */
-  ESP_GEMM_STRIPE = 32,  /* rows of a stripe: two tiles one above the other */
-  ESP_GEMM_KSTEP = 32,   /* contraction elements per tile */
   ESP_GEMM_BLOCK = 2048, /* bytes of a 32 x 32 bf16 block: two tiles */
   ESP_GEMM_MAX_TAILS = 16,
   ESP_GEMM_HUGE = 4 * 1024 * 1024 /* elements of an fp32 result that is written past the caches */
@@ -22,10 +19,11 @@ enum {
 
 /* Where element (i, k) of an operand lies; i is the row (a) or the column (b) of the result. */
 typedef enum esp_goper_kind {
-  ESP_GOPER_ROWS,  /* data[i * ld + k] */
-  ESP_GOPER_COLS,  /* data[k * ld + i] */
-  ESP_GOPER_VNNI,  /* packed panels: block (i/32, k/32), two tiles [16 k pairs][16 i][2] */
-  ESP_GOPER_VNNI_T /* the same panels with i and k exchanged: block (k/32, i/32) */
+  ESP_GOPER_ROWS,   /* data[i * ld + k] */
+  ESP_GOPER_COLS,   /* data[k * ld + i] */
+  ESP_GOPER_VNNI,   /* packed panels: block (i/32, k/32), two tiles [16 k pairs][16 i][2] */
+  ESP_GOPER_VNNI_T, /* the same panels with i and k exchanged: block (k/32, i/32) */
+  ESP_GOPER_TILES   /* a only: block (i/32, k/32), two tiles [16 i][32 k] */
 } esp_goper_kind;
 
 typedef struct esp_goper {
@@ -76,6 +74,8 @@ typedef struct esp_gsizes {
 esp_gsizes esp_gemm_amx_sizes(const esp_gjob *j);
 void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t mb, int64_t nb);
 /* Makes all panels of operand b ([n/32][k/32] blocks) in so many independent chunks. */
+/* The same for operand a of kind COLS; chunk in [0, k/32). */
+void esp_gemm_amx_fill_a(void *tiles, const esp_goper *a, int64_t chunk, int64_t m, int64_t k);
 int64_t esp_gemm_amx_fill_chunks(const esp_goper *b, int64_t n, int64_t k);
 void esp_gemm_amx_fill(void *panels, const esp_goper *b, int64_t chunk, int64_t n, int64_t k);
 esp_gsizes esp_gemm_blas_sizes(const esp_gjob *j);
