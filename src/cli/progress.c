@@ -32,6 +32,7 @@ cli_progress *cli_progress_create(const cli_args *a, const esp_job *job) {
   p->live = !p->json && !p->quiet && isatty(STDERR_FILENO);
   p->utf8 = cli_utf8();
   p->color = cli_color(stdout);
+  setvbuf(stdout, NULL, _IOLBF, 0); /* a log that is followed gets its lines as they come */
   return p;
 }
 

@@ -271,16 +271,15 @@ static esp_status prepare(esp_loop *l, bool resume) {
   ESP_TRY(esp_comm_agree(l->comm, refuse_memory(l->plan.plan)));
   l->total_steps = l->plan.plan->steps;
   ESP_TRY(make_matrix(l));
-  ESP_TRY(esp_rundir_prepare(r, l->comm, resume, l->opt && l->opt->overwrite));
-  return resume ? find_checkpoint(l) : ESP_OK;
+  if (!resume) return esp_rundir_check(r, l->comm, l->opt && l->opt->overwrite);
+  ESP_TRY(esp_rundir_prepare(r, l->comm, true, false));
+  return find_checkpoint(l);
 }
 
 static esp_status run(esp_loop *l, bool resume) {
   ESP_TRY(prepare(l, resume));
   esp_cursor *at = &l->state.at;
   esp_status st = ESP_OK;
-  if (l->comm->rank == 0) st = esp_metrics_open(&l->metrics, l->r, l->state.jsonl_bytes, l->state.events_bytes);
-  ESP_TRY(esp_comm_agree(l->comm, st));
   bool resumed = l->checkpoint[0] != '\0';
   if (resumed && at->task >= l->r->n_tasks) {
     esp_loop_note(l, "the run was already finished");
@@ -290,6 +289,11 @@ static esp_status run(esp_loop *l, bool resume) {
   esp_mem_stats_reset_peak(); /* the plan's books are closed: from here the peak is the run's own */
   ESP_TRY(esp_comm_agree(l->comm, esp_engine_init(&l->engine, l->r, l->comm, "cpu")));
   ESP_TRY(begin_task(l, (int)at->task, true));
+  /* Only now does anything appear on disk: weights that cannot be read leave no half of a run, and no run is replaced.
+   */
+  if (!resume) ESP_TRY(esp_rundir_prepare(l->r, l->comm, false, l->opt && l->opt->overwrite));
+  if (l->comm->rank == 0) st = esp_metrics_open(&l->metrics, l->r, l->state.jsonl_bytes, l->state.events_bytes);
+  ESP_TRY(esp_comm_agree(l->comm, st));
   if (resumed) ESP_TRY(restore(l));
   if (!resumed && l->matrix) {
     /* A new adapter changes nothing yet: row 0 is the untouched base. */

@@ -31,6 +31,8 @@ esp_event esp_loop_event(const esp_loop *l, esp_event_kind kind);
 esp_status esp_loop_result(const esp_loop *l, esp_run_result *result);
 
 /* rundir.c: the run directory. Rank 0 acts, all ranks agree. */
+/* Whether a run may be put there; changes nothing. */
+esp_status esp_rundir_check(const esp_recipe *r, esp_comm *comm, bool overwrite);
 esp_status esp_rundir_prepare(const esp_recipe *r, esp_comm *comm, bool resume, bool overwrite);
 esp_status esp_rundir_base(const esp_loop *l, char out[ESP_PATH]); /* of the present task */
 

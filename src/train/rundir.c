@@ -27,6 +27,13 @@ static esp_status remove_run(const char *dir) {
   return ESP_OK;
 }
 
+static esp_status check(const esp_recipe *r, bool overwrite) {
+  if (overwrite || !holds_run(r->checkpoint.output_dir)) return ESP_OK;
+  return esp_fail(ESP_ERR_RECIPE,
+                  "checkpoint.output_dir %s already holds a run: resume it, name another directory, or overwrite it",
+                  r->checkpoint.output_dir);
+}
+
 static esp_status prepare(const esp_recipe *r, bool resume, bool overwrite) {
   const char *dir = r->checkpoint.output_dir;
   char path[ESP_PATH];
@@ -34,13 +41,8 @@ static esp_status prepare(const esp_recipe *r, bool resume, bool overwrite) {
     if (!holds_run(dir)) return esp_fail(ESP_ERR_DATA, "%s: holds no run to resume", dir);
     return esp_checkpoint_prune(r, 0); /* what a kill left half-written */
   }
-  if (holds_run(dir)) {
-    if (!overwrite)
-      return esp_fail(
-          ESP_ERR_RECIPE,
-          "checkpoint.output_dir %s already holds a run: resume it, name another directory, or overwrite it", dir);
-    ESP_TRY(remove_run(dir));
-  }
+  ESP_TRY(check(r, overwrite));
+  if (holds_run(dir)) ESP_TRY(remove_run(dir));
   ESP_TRY(esp_mkdirs(dir));
   char *text = esp_recipe_resolved(r);
   if (!text) return ESP_ERR_MEMORY;
@@ -51,6 +53,10 @@ static esp_status prepare(const esp_recipe *r, bool resume, bool overwrite) {
 
 esp_status esp_rundir_prepare(const esp_recipe *r, esp_comm *comm, bool resume, bool overwrite) {
   return esp_comm_agree(comm, comm->rank == 0 ? prepare(r, resume, overwrite) : ESP_OK);
+}
+
+esp_status esp_rundir_check(const esp_recipe *r, esp_comm *comm, bool overwrite) {
+  return esp_comm_agree(comm, comm->rank == 0 ? check(r, overwrite) : ESP_OK);
 }
 
 esp_status esp_rundir_base(const esp_loop *l, char out[ESP_PATH]) {

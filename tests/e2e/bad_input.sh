@@ -1,0 +1,220 @@
+#!/bin/bash
+# The table of bad input: each case is one thing that is wrong. It must give exactly one line that names the place, the
+# right exit code, and leave every file as it was. Arguments: numbers of cases, none for all. ESPALIER and MAKE_TINY
+# are in the environment.
+# Mutation seen to be caught: without the check for non-finite weights in the loader, "NaN in the weights" fails.
+set -u
+espalier=${ESPALIER:?the program}
+tiny=${MAKE_TINY:?writes the tiny model}
+only=" $* "
+export LC_ALL=C OMP_NUM_THREADS=1
+unset ESPALIER_ISA ESPALIER_THREADS
+top=$(mktemp -d)
+trap 'rm -rf "$top"' EXIT
+good=$top/good
+mkdir "$good" && cd "$good" || exit 1
+"$tiny" . || exit 1
+cat >r.yaml <<'Y'
+model: {base_model: model, dtype: fp32}
+adapter: {type: lora, r: 4, target: [q_proj, v_proj]}
+data: {sequence_len: 64}
+train: {max_steps: 2, micro_batch_size: 2}
+eval:
+  sets:
+    - {name: a, path: a.test.jsonl, metric: perplexity}
+tasks:
+  - name: a
+    data: [{path: a.jsonl}]
+    eval: a
+checkpoint: {output_dir: out}
+Y
+"$espalier" run r.yaml -q --output run >log 2>&1 || { echo "the good recipe fails:"; cat log; exit 1; }
+rm -f log
+mkdir empty
+
+n=0 failed=0
+complain() { # what; stderr of the case is in $top/err
+  failed=$((failed + 1))
+  echo "FAILED $n. $name: $1"
+  sed 's/^/    | /' "$top/err" | head -5
+}
+inventory() {
+  find . \( -path ./out -o -path ./mpi \) -prune -o -print | sort
+  find . -path ./out -prune -o -type f -print0 | sort -z | xargs -0 cksum
+}
+
+# bad NAME CODE PATTERN PREPARATION ARGUMENTS...: PATTERN is an extended regular expression for the one line on stderr.
+bad() {
+  name=$1
+  local code=$2 pattern=$3 preparation=$4 got sink=$top/outp limit=unlimited
+  shift 4
+  n=$((n + 1))
+  [ "$only" = "  " ] || [[ $only == *" $n "* ]] || return 0
+  rm -rf "$top/case"
+  cp -r "$good" "$top/case"
+  cd "$top/case" || exit 1
+  eval "$preparation"
+  inventory >"$top/before"
+  (trap '' XFSZ && ulimit -f "$limit" && exec timeout 100 "$espalier" "$@" >"$sink" 2>"$top/err" </dev/null)
+  got=$?
+  [ $got = "$code" ] || complain "exit code $got instead of $code"
+  [ "$(wc -l <"$top/err")" = "${lines:-1}" ] || complain "$(wc -l <"$top/err") lines instead of ${lines:-1}"
+  grep -Eq -- "$pattern" "$top/err" || complain "the message does not match: $pattern"
+  inventory >"$top/after"
+  cmp -s "$top/before" "$top/after" || complain "files changed: $(diff "$top/before" "$top/after" | grep '^[<>]' | head -3 | tr '\n' ' ')"
+  if [ -z "${started:-}" ] && [ -e out ]; then complain "left $(find out | head -3 | tr '\n' ' ')"; fi
+  if find . -name '*.tmp*' -o -name '*.stage*' | grep -q .; then complain "left temporary files"; fi
+  return 0
+}
+patch() { # FILE OFFSET BYTES: overwrites in place
+  printf "$3" | dd of="$1" bs=1 seek="$2" conv=notrunc 2>/dev/null
+}
+edit() { sed -i "$1" "$2"; }
+line() { echo "$1" >>r.yaml; }
+replace() { printf '%s\n' "$2" >"$1"; }
+size() { stat -c %s "$1"; }
+shorter() { # a base of one layer, without weights
+  edit 's/"num_hidden_layers": 2/"num_hidden_layers": 1/' model/config.json
+  rm model/model.safetensors
+}
+st=model/model.safetensors
+ad=run/adapters/a
+no=:
+
+# ---- the command line ----
+bad "unknown verb" 2 "unknown verb 'runn' \(did you mean 'run'\?\)" $no runn r.yaml
+bad "no recipe" 2 "^espalier run: RECIPE .* is missing" $no run
+bad "two recipes" 2 "unexpected argument 'q.yaml'" $no run r.yaml q.yaml
+bad "unknown option" 2 "unknown option '--overwritt' \(did you mean '--overwrite'\?\)" $no run r.yaml --overwritt
+bad "option without value" 2 "takes a value" $no run r.yaml --stop-after
+bad "flag with value" 2 "--overwrite takes no value" $no run r.yaml --overwrite=yes
+bad "option not a number" 2 "--stop-after: expected an integer from 1 .* got 'soon'" $no run r.yaml --stop-after soon
+bad "threads out of range" 2 "--threads: expected an integer from 1 to 4096, got '0'" $no run r.yaml -t 0
+bad "required option missing" 2 "^espalier merge: --base DIR is missing" $no merge -a $ad -o out
+bad "merge to an unknown type" 2 "--dtype: 'fp8' is not one of bf16, fp16, fp32" $no merge -b model -a $ad -o out --dtype fp8
+bad "export as an unknown kind" 2 "--as: 'dora' is not lora" $no export -b model -a $ad -o out --as dora
+bad "export for an unknown program" 2 "--target: 'ollama' is not vllm" $no export -b model -a $ad -o out --target ollama
+bad "extract with rank 0" 2 "--rank: expected an integer from 1" $no extract -b model -t model -o out -r 0
+bad "unknown colour mode" 2 "--color: 'blue' is not one of" $no data r.yaml --color blue
+bad "sampling without temperature" 2 "need --temperature" $no generate -m model -p x --top-k 5
+bad "unknown schema format" 2 "format 'xml' is not one of text, json, markdown" $no schema --format xml
+bad "init onto a file" 2 "r.yaml: File exists" $no init model -o r.yaml
+bad "output to a full device" 1 "^espalier: cannot write the output" "sink=/dev/full" schema
+
+# ---- the recipe ----
+bad "recipe missing" 2 "^nothere.yaml: .*No such file" $no run nothere.yaml
+bad "recipe is a folder" 2 "^empty: .*" $no check empty
+bad "empty recipe" 2 "^e.yaml:1:1: missing key 'model.base_model'" ": >e.yaml; lines=2" check e.yaml
+lines=1
+bad "not YAML" 2 "^r.yaml:[0-9]+:[0-9]+: YAML syntax: " "line 'x: ['" check r.yaml
+bad "a tab" 2 "^r.yaml:14:1: YAML syntax: found character that cannot start any token" "printf 'log:\n\tevery: 1\n' >>r.yaml" check r.yaml
+bad "not text" 2 "^r.yaml:1:1: not readable as text" "head -c 300 /dev/zero | tr '\\0' '\\377' >r.yaml" check r.yaml
+bad "misspelled key" 2 "^r.yaml:2:23: unknown key 'lora_rnak' in adapter \(did you mean 'rank'\?\)" "edit 's/r: 4/lora_rnak: 4/' r.yaml" run r.yaml
+bad "misspelled section" 2 "^r.yaml:13:1: unknown key 'chekpoint' in the recipe" "line 'chekpoint: {}'" run r.yaml
+bad "key of another section" 2 "^r.yaml:13:7: unknown key 'lr' in log \(did you mean 'optim.lr'\?\)" "line 'log: {lr: 1}'" run r.yaml
+bad "key the engine does not have" 2 "^r.yaml:13:12: unknown key 'shard' in parallel" "line 'parallel: {shard: 3}'" run r.yaml
+bad "wrong type" 2 "^r.yaml:2:26: adapter.r: expected an integer, got 'four'" "edit 's/r: 4/r: four/' r.yaml" run r.yaml
+bad "number in quotes" 2 "^r.yaml:2:26: adapter.r: expected an integer, got '4' in quotes" "edit 's/r: 4/r: \"4\"/' r.yaml" run r.yaml
+bad "out of range" 2 "^r.yaml:13:13: optim.lr: -1 is out of range" "line 'optim: {lr: -1}'" run r.yaml
+bad "unknown optimizer" 2 "^r.yaml:13:15: optim.name: 'adamv' is not one of .* \(did you mean 'adamw'\?\)" "line 'optim: {name: adamv}'" run r.yaml
+bad "unknown adapter kind" 2 "^r.yaml:2:17: adapter.type: 'lor' is not one of" "edit 's/type: lora/type: lor/' r.yaml" run r.yaml
+bad "duplicate key" 2 "^r.yaml:2:29: duplicate key 'r' \(first at line 2\)" "edit 's/r: 4/r: 4, r: 8/' r.yaml" run r.yaml
+bad "the same key in two spellings" 2 "adapter.lora_r says again what 'r' says at line 2" "edit 's/r: 4/r: 4, lora_r: 8/' r.yaml" run r.yaml
+bad "missing key" 2 "^r.yaml:1:8: missing key 'model.base_model'" "edit 's/base_model: model, //' r.yaml" run r.yaml
+bad "no task" 2 "tasks: the list is empty" "edit '/^tasks/,\$d' r.yaml; line 'tasks: []'" run r.yaml
+bad "unknown evaluation set" 2 "^r.yaml:11:11: tasks\[0\].eval: no evaluation set is named 'b' in eval.sets" "edit 's/eval: a/eval: b/' r.yaml" run r.yaml
+bad "unknown metric" 2 "^r.yaml:7:45: eval.sets\[0\].metric: 'perplex' is not one of" "edit 's/perplexity/perplex/' r.yaml" run r.yaml
+bad "bad regular expression" 2 "^r.yaml:2:[0-9]+: adapter.target: .* is not a regular expression" "edit 's/\[q_proj, v_proj\]/\"regex:(q\"/' r.yaml" run r.yaml
+bad "epochs and steps" 2 "train.epochs is given as well" "edit 's/max_steps: 2/max_steps: 2, epochs: 1/' r.yaml" run r.yaml
+bad "unknown chat template" 2 "data.chat_template: 'llama3' is not one of auto, builtin:chatml" "edit 's/sequence_len: 64/chat_template: llama3/' r.yaml" run r.yaml
+bad "unknown anchor" 2 "unknown anchor '\*x'" "line 'log: *x'" run r.yaml
+bad "a second document" 2 "^r.yaml:13:1: a second YAML document" "line '---'; line 'a: 1'" run r.yaml
+bad "override of an unknown key" 2 "^override 'optim.lrr=1': unknown key 'lrr' in optim \(did you mean 'lr'\?\)" $no run r.yaml optim.lrr=1
+bad "override of a task that is not there" 2 "'tasks' has 1 entries, there is no \[3\]" $no run r.yaml 'tasks[3].name=x'
+bad "override without a value" 2 "^override 'optim.lr': expected key=value" $no run r.yaml --set optim.lr
+lines=3
+bad "three errors at once" 2 "^r.yaml:13:14: log.every: expected an integer" "edit 's/r: 4/r: 0/; s/dtype: fp32/dtype: fp33/' r.yaml; line 'log: {every: x}'" run r.yaml
+lines=1
+
+# ---- the model ----
+bad "model missing" 3 "^nomodel.*: " "edit 's/base_model: model/base_model: nomodel/' r.yaml" run r.yaml
+bad "config.json missing" 3 "model/config.json: " "rm model/config.json" run r.yaml
+bad "config.json not JSON" 3 "model/config.json:[0-9]+" "replace model/config.json '{\"a\": '" run r.yaml
+bad "unknown architecture" 3 "model/config.json.*'?mamba" "edit 's/\"llama\"/\"mamba\"/; s/LlamaForCausalLM/MambaForCausalLM/' model/config.json" run r.yaml
+bad "unknown activation" 3 "model/config.json.*hidden_act.*snake" "edit 's/silu/snake/' model/config.json" run r.yaml
+bad "unknown rope scaling" 3 "model/config.json.*rope" "edit 's/\"hidden_act\"/\"rope_scaling\": {\"rope_type\": \"spiral\", \"factor\": 2.0}, \"hidden_act\"/' model/config.json" run r.yaml
+bad "heads do not divide" 3 "model/config.json.*num_key_value_heads" "edit 's/\"num_key_value_heads\": 2/\"num_key_value_heads\": 3/' model/config.json" run r.yaml
+bad "width is not a number" 3 "model/config.json.*hidden_size" "edit 's/\"hidden_size\": 48/\"hidden_size\": \"wide\"/' model/config.json" run r.yaml
+bad "shape mismatch" 3 "model/model.safetensors.*(mlp|shape)" "edit 's/\"intermediate_size\": 96/\"intermediate_size\": 80/' model/config.json" run r.yaml
+bad "more layers than the file has" 3 "model.*layers.2" "edit 's/\"num_hidden_layers\": 2/\"num_hidden_layers\": 3/' model/config.json" run r.yaml
+bad "weights missing" 3 "model.*safetensors" "rm $st" run r.yaml
+bad "weights truncated" 3 "model/model.safetensors.*" "truncate -s -100 $st" run r.yaml
+bad "weights empty" 3 "model/model.safetensors.*" ": >$st" run r.yaml
+bad "header longer than the file" 3 "model/model.safetensors.*header" "patch $st 0 '\377\377\377\377\000\000\000\000'" run r.yaml
+bad "header is not JSON" 3 "model/model.safetensors.*" "patch $st 8 '!!'" run r.yaml
+bad "unknown element type" 3 "model/model.safetensors.*BX16" "LC_ALL=C sed -i '0,/BF16/s/BF16/BX16/' $st" run r.yaml
+bad "tensor with another name" 3 "model/model.safetensors.*|mlp.up_proj" "LC_ALL=C sed -i 's/layers.0.mlp.up_proj/layers.0.mlp.up_prof/' $st" run r.yaml
+bad "NaN in the weights" 3 "model/model.safetensors.*(finite|NaN)" "patch $st \$((\$(size $st) - 2)) '\377\177'" run r.yaml
+bad "tokenizer missing" 3 "model/tokenizer.json: " "rm model/tokenizer.json" run r.yaml
+bad "tokenizer not JSON" 3 "model/tokenizer.json:[0-9]+" "replace model/tokenizer.json '[1, 2'" run r.yaml
+bad "tokenizer of an unknown kind" 3 "model/tokenizer.json.*Unigram" "edit 's/\"type\":\"BPE\"/\"type\":\"Unigram\"/' model/tokenizer.json" run r.yaml
+bad "unknown pre-tokenizer" 3 "model/tokenizer.json.*Sentencey" "edit 's/\"pre_tokenizer\":{\"type\":\"ByteLevel\"/\"pre_tokenizer\":{\"type\":\"Sentencey\"/' model/tokenizer.json" run r.yaml
+bad "token ids beyond the model's vocabulary" 3 "vocab" "edit 's/\"vocab_size\": 257/\"vocab_size\": 200/' model/config.json; rm $st" run r.yaml model.random_init=true adapter.type=full
+
+# ---- the data ----
+bad "data missing" 3 "nodata.jsonl: " "edit 's/path: a.jsonl/path: nodata.jsonl/' r.yaml" run r.yaml
+bad "data is a folder" 3 "empty: not a regular file" "edit 's/path: a.jsonl/path: empty/' r.yaml" run r.yaml
+bad "data empty" 3 "a.jsonl: the dataset is empty" ": >a.jsonl" run r.yaml
+bad "row not JSON" 3 "a.jsonl:2" "edit '2s/.*/{\"prompt\": /' a.jsonl" run r.yaml
+bad "row not an object" 3 "a.jsonl:3" "edit '3s/.*/[1, 2]/' a.jsonl" run r.yaml
+bad "row without its field" 3 "a.jsonl:4.*completion" "edit '4s/completion/complete/' a.jsonl" run r.yaml
+bad "field of the wrong type" 3 "a.jsonl:5.*completion" "edit '5s/.*/{\"prompt\": \"a\", \"completion\": 7}/' a.jsonl" run r.yaml
+bad "row with no trained token" 3 "a.jsonl:6" "edit '6s/.*/{\"prompt\": \"a\", \"completion\": \"\"}/' a.jsonl" run r.yaml data.train_on_eos=none
+bad "rows of an unknown shape" 3 "a.jsonl:1" "edit 's/prompt/frage/; s/completion/antwort/' a.jsonl" run r.yaml
+bad "label that is not allowed" 3 " c.jsonl:2: .*green" "printf '{\"text\": \"a\", \"label\": \"red\"}\n{\"text\": \"b\", \"label\": \"green\"}\n' >c.jsonl; edit 's/{path: a.jsonl}/{path: c.jsonl, format: classification, labels: [red, blue]}/' r.yaml" run r.yaml
+bad "every sample too long" 3 "a.jsonl.*" $no run r.yaml data.sequence_len=4
+bad "overlong is an error" 3 "a.jsonl:1" $no run r.yaml data.sequence_len=4 data.overlong=error
+bad "messages without a template" 3 "m.jsonl|chat_template" "printf '{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n' >m.jsonl; edit 's/path: a.jsonl/path: m.jsonl/' r.yaml" run r.yaml
+bad "unknown role" 3 "m.jsonl:1.*robot" "printf '{\"messages\": [{\"role\": \"robot\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n' >m.jsonl; edit 's/path: a.jsonl/path: m.jsonl/' r.yaml" run r.yaml data.chat_template=builtin:alpaca
+bad "evaluation data missing" 3 "a.test.jsonl: " "rm a.test.jsonl" run r.yaml
+bad "unknown task" 2 "no task 'z'" $no data r.yaml --task z
+
+# ---- adapters ----
+bad "target matches nothing" 2 "target.*(nothing|no module|qq_proj)" "edit 's/q_proj, v_proj/qq_proj/' r.yaml" run r.yaml
+bad "everything excluded" 2 "(target|exclude)" "edit 's/target: /exclude: [q_proj, v_proj], target: /' r.yaml" run r.yaml
+bad "layer that is not there" 2 "layers" $no run r.yaml 'adapter.layers=[7]'
+bad "module both targeted and saved" 2 "modules_to_save" $no run r.yaml 'adapter.modules_to_save=[q_proj]'
+bad "saved module matches nothing" 2 "modules_to_save.*headd|headd" $no run r.yaml 'adapter.modules_to_save=[headd]'
+bad "token beyond the vocabulary" 2 "trainable_tokens.*9999|9999" $no run r.yaml 'adapter.trainable_tokens=[9999]'
+bad "adapter missing" 3 "noadapter" $no eval r.yaml -a noadapter
+bad "adapter_config.json missing" 3 "adapter_config.json" "rm $ad/adapter_config.json" eval r.yaml -a $ad
+bad "adapter_config.json not JSON" 3 "adapter_config.json:[0-9]+" "replace $ad/adapter_config.json '{'" eval r.yaml -a $ad
+bad "adapter of an unknown kind" 3 "adapter_config.json.*ZORA" "edit 's/LORA/ZORA/' $ad/adapter_config.json" eval r.yaml -a $ad
+bad "adapter weights truncated" 3 "adapter_model.safetensors" "truncate -s -10 $ad/adapter_model.safetensors" eval r.yaml -a $ad
+bad "adapter with another rank" 3 "adapter_model.safetensors|shape|rank" "edit 's/\"r\": 4/\"r\": 8/' $ad/adapter_config.json" eval r.yaml -a $ad
+bad "adapter for another base" 3 "$ad.*made on another base" "shorter" eval r.yaml -a $ad model.random_init=true
+bad "merge of an adapter that is not there" 3 "noadapter" $no merge -b model -a noadapter -o out
+bad "merge onto a base that is not there" 3 "nomodel" $no merge -b nomodel -a $ad -o out
+bad "generate from nothing" 3 "nomodel" $no generate -m nomodel -p x
+bad "extract from models of two shapes" 3 "shape|differ|layers|safetensors" "cp -r model tuned; edit 's/\"num_hidden_layers\": 2/\"num_hidden_layers\": 1/' tuned/config.json" extract -b model -t tuned -o out
+bad "merge onto a full disk" 3 "out.*" "limit=8" merge -b model -a $ad -o out
+
+# ---- runs ----
+bad "a run is already there" 2 "run.* already" $no run r.yaml --output run
+bad "output below a file" 3 "a.jsonl" $no run r.yaml --output a.jsonl/x
+bad "does not fit" 4 "(memory|bytes|limit)" $no run r.yaml memory.limit=4KiB
+bad "plan does not fit" 4 "memory.limit is 4096" $no plan r.yaml memory.limit=4KiB
+bad "resume where no run is" 3 "empty.*" $no resume empty
+bad "matrix where no run is" 3 "empty.*" $no matrix empty
+bad "report where no run is" 3 "empty.*" $no report empty
+bad "inspect nothing" 3 "nothere" $no inspect nothere
+bad "resume of another recipe" 2 "recipe" "edit 's/^  lr: .*/  lr: 0.5/' run/recipe.yaml" resume run
+bad "unknown instruction set" 5 "ESPALIER_ISA=vax" "export ESPALIER_ISA=vax" run r.yaml
+unset ESPALIER_ISA
+started=1
+bad "divergence" 7 "step [0-9]+: the loss is not a number" $no run r.yaml -q optim.name=sgd optim.lr=100 optim.weight_decay=10 optim.max_grad_norm=off schedule.name=constant train.max_steps=60
+bad "watchdog" 7 "(watchdog|above)" $no run r.yaml -q log.watchdog.loss_above=0.001 log.watchdog.patience=1
+started=
+
+echo "$n cases, $failed complaints"
+[ "$failed" = 0 ] && [ "$n" -ge 60 ]
