@@ -239,7 +239,43 @@ static void use_store(esp_backend *on, esp_mem_stats *peak) {
   esp_stack_push(&st, 1);
   assert_int_equal(st.high, 768);
   esp_optim_step(o, 1e-3, 1);
+  /* packed weights and the scratch of products, attention and the loss */
+  static float w[96 * 64];
+  esp_tensor wt = esp_tensor_2d(esp_backend_counts(on) ? NULL : w, ESP_F32, 96, 64);
+  esp_wview view = {.out = 96, .in = 64, .packed = on->ops->pack(on, &wt, 1, false, ESP_BF16)};
+  esp_tensor x = esp_tensor_2d(on->ops->alloc(on, ESP_MEM_ACTIVATIONS, 70 * 64 * 2), ESP_BF16, 70, 64);
+  esp_tensor y = esp_tensor_2d(on->ops->alloc(on, ESP_MEM_ACTIVATIONS, 70 * 96 * 2), ESP_BF16, 70, 96);
+  esp_tensor g = esp_tensor_2d(on->ops->alloc(on, ESP_MEM_ACTIVATIONS, 96 * 64 * 4), ESP_F32, 96, 64), none = {0};
+  on->ops->linear(on, y, x, &view, none, NULL, 0, 0);
+  on->ops->linear_dx(on, x, y, &view, NULL, 0, 0);
+  on->ops->matmul(on, g, y, true, x, false, 1, 1);
+  static const int32_t cu[] = {0, 30, 70};
+  esp_tensor q = esp_tensor_cols_view(&y, 0, 64), k = esp_tensor_cols_view(&y, 64, 32), dq = x;
+  esp_attn_args a = {.q = q,
+                     .k = k,
+                     .v = k,
+                     .o = x,
+                     .lse = on->ops->alloc(on, ESP_MEM_ACTIVATIONS, 2 * 70 * 4),
+                     .cu_seqlens = cu,
+                     .n_seqs = 2,
+                     .heads = 2,
+                     .kv_heads = 1,
+                     .head_dim = 32,
+                     .scale = 0.1f,
+                     .causal = true,
+                     .d_o = x,
+                     .d_q = dq,
+                     .d_k = k,
+                     .d_v = k};
+  on->ops->attn(on, &a);
+  on->ops->attn_bwd(on, &a);
+  MUST(esp_backend_sync(on));
   esp_mem_stats_get(peak);
+  on->ops->pack_free(on, (void *)view.packed);
+  on->ops->free(on, x.data);
+  on->ops->free(on, y.data);
+  on->ops->free(on, g.data);
+  on->ops->free(on, a.lse);
   esp_stack_deinit(&st);
   esp_optim_destroy(o);
   esp_params_destroy(ps);
@@ -250,10 +286,15 @@ static void test_count_keeps_the_same_books(void **state) {
   esp_mem_stats before, real, counted, after;
   MUST(esp_backend_create("count", &count));
   esp_mem_stats_get(&before);
-  use_store(be, &real);
+  esp_backend *cpu; /* a fresh one: no scratch yet */
+  MUST(esp_backend_create("cpu", &cpu));
+  use_store(cpu, &real);
+  esp_backend_destroy(cpu);
   use_store(count, &counted);
-  for (int k = 0; k < ESP_MEM_KINDS; k++)
-    if (k != ESP_MEM_HOST) assert_int_equal(real.now[k] - before.now[k], counted.now[k] - before.now[k]);
+  for (int k = 0; k < ESP_MEM_KINDS; k++) {
+    int64_t slack = k == ESP_MEM_WEIGHTS || k == ESP_MEM_WORKSPACE ? 512 : 0; /* small bookkeeping structs */
+    if (k != ESP_MEM_HOST) assert_in_range(real.now[k] - counted.now[k] + slack, 0, 2 * slack);
+  }
   assert_true(count->stats.launches > 0 && count->stats.bytes > 0 && count->stats.flops > 0);
   esp_backend_destroy(count);
   esp_mem_stats_get(&after);
