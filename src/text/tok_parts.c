@@ -1,5 +1,6 @@
 /* tok_parts.c: normalizer, pre-tokenizer, post-processor, decoder and added tokens of tokenizer.json. What is not known
  * here is an error that names the component. */
+#include "core/map.h"
 #include "io/json.h"
 #include "text/tok_priv.h"
 #include "text/utf8.h"
@@ -367,7 +368,7 @@ esp_status esp_tok_load_decoder(esp_tokenizer *t, json_t *j, const char *path) {
 }
 
 /* ---- added tokens ---- */
-static esp_status one_added(esp_tokenizer *t, const json_t *j, const char *path, int32_t *next) {
+static esp_status one_added(esp_tokenizer *t, const json_t *j, const char *path, esp_map *seen, int32_t *next) {
   esp_added *a = &t->added[t->n_added];
   int64_t id = -1;
   if (!json_is_object(j)) return esp_fail(ESP_ERR_DATA, "%s: added_tokens must hold objects", path);
@@ -381,8 +382,7 @@ static esp_status one_added(esp_tokenizer *t, const json_t *j, const char *path,
   ESP_TRY(get_bool(j, "normalized", path, &a->normalized));
   if (!a->n) return ESP_OK; /* the package ignores empty ones */
   int32_t known = esp_vocab_find(&t->vocab, a->content, a->n);
-  for (int i = 0; i < t->n_added && known < 0; i++)
-    if (t->added[i].n == a->n && !memcmp(t->added[i].content, a->content, a->n)) return ESP_OK;
+  if (known < 0 && esp_map_has(seen, a->content, a->n)) return ESP_OK;
   if (known < 0) known = *next;
   if (known != id)
     return esp_fail(ESP_ERR_DATA, "%s: added token '%s' has id %lld, but the vocabulary makes it %d", path, a->content,
@@ -390,25 +390,27 @@ static esp_status one_added(esp_tokenizer *t, const json_t *j, const char *path,
   if (known == *next) ++*next;
   a->id = known;
   t->n_added++;
-  return ESP_OK;
+  return esp_map_put(seen, a->content, a->n, a) ? ESP_OK : ESP_ERR_MEMORY;
 }
 
 esp_status esp_tok_load_added(esp_tokenizer *t, json_t *j, const char *path) {
   esp_status st = ESP_OK;
+  esp_encoder *e = NULL;
   size_t n = json_array_size(j);
   if (j && !json_is_null(j) && !json_is_array(j))
     return esp_fail(ESP_ERR_DATA, "%s: added_tokens must be a list", path);
+  esp_map *seen = esp_map_create(n);
+  if (!seen) return ESP_ERR_MEMORY;
   t->added = esp_arena_alloc(t->arena, sizeof *t->added * (n + 1));
-  if (!t->added) return ESP_ERR_MEMORY;
+  if (!t->added) ESP_GOTO(ESP_ERR_MEMORY);
   int32_t next = (int32_t)t->vocab.count;
-  for (size_t i = 0; i < n; i++) ESP_TRY(one_added(t, json_array_get(j, i), path, &next));
+  for (size_t i = 0; i < n; i++) ESP_GOTO(one_added(t, json_array_get(j, i), path, seen, &next));
   t->n_vocab = t->vocab.n_ids;
   for (int i = 0; i < t->n_added; i++)
     if (t->added[i].id >= t->n_vocab) t->n_vocab = t->added[i].id + 1;
   t->added_of_id = esp_mem_alloc(ESP_MEM_DATA, sizeof(int32_t) * (size_t)(t->n_vocab + 1));
-  if (!t->added_of_id) return ESP_ERR_MEMORY;
-  esp_encoder *e = NULL;
-  ESP_TRY(esp_encoder_create(&e));
+  if (!t->added_of_id) ESP_GOTO(ESP_ERR_MEMORY);
+  ESP_GOTO(esp_encoder_create(&e));
   /* Special ones first: of two with equal normalised text the first counts. */
   for (int pass = 0; pass < 2; pass++)
     for (int i = 0; i < t->n_added; i++) {
@@ -423,6 +425,7 @@ esp_status esp_tok_load_added(esp_tokenizer *t, json_t *j, const char *path) {
       if (e->norm.len) ESP_GOTO(esp_trie_add(&t->normalized, e->norm.data, e->norm.len, i));
     }
 out:
+  esp_map_destroy(seen);
   esp_encoder_destroy(e);
   return st;
 }
