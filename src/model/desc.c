@@ -321,10 +321,7 @@ static esp_status read_windows(const json_t *root, const char *path, const famil
   if (f->bit != LLAMA) ESP_TRY(read_size(root, "sliding_window", path, 0, INT32_MAX, &window));
   if (f->bit & (QWEN2 | QWEN3)) {
     ESP_TRY(read_bool(root, "use_sliding_window", path, &use));
-    if (json_is_integer(json_object_get(root, "max_window_layers"))) /* 0 is allowed: all layers */
-      from = json_integer_value(json_object_get(root, "max_window_layers"));
-    else
-      ESP_TRY(esp_json_i64(root, "max_window_layers", path, 0, &from));
+    ESP_TRY(esp_json_i64(root, "max_window_layers", path, 0, &from)); /* 0: all layers */
   }
   if (!use) window = 0;
   for (int i = 0; i < d->layers; i++) d->window[i] = i >= from ? (int)window : 0;
