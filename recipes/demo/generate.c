@@ -12,11 +12,9 @@
  * question, which is why one adapter trained on them in turn overwrites what it learnt before.
  */
 #include <errno.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 #include "core/rng.h"
 #include "core/strbuf.h"
@@ -207,8 +205,8 @@ int main(int argc, char **argv) {
     return 2;
   }
   if (argc == 3) seed_ = strtoull(argv[2], NULL, 10);
-  if (mkdir(argv[1], 0777) && errno != EEXIST) {
-    fprintf(stderr, "%s: %s\n", argv[1], strerror(errno));
+  if (esp_mkdirs(argv[1])) {
+    fprintf(stderr, "%s\n", esp_error_message());
     return 1;
   }
   esp_strbuf text;
