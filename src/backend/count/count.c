@@ -88,7 +88,7 @@ static void destroy(esp_backend *be) {
   if (c) {
     for (int i = 0; i < c->count; i++) esp_mem_account(c->blocks[i].kind, -c->blocks[i].bytes);
     esp_mem_account(ESP_MEM_WORKSPACE, -c->work_bytes);
-    esp_mem_account(ESP_MEM_WORKSPACE, -(int64_t)(c->gemm.scratch + c->gemm.partial + c->gemm.panels));
+    esp_mem_account(ESP_MEM_WORKSPACE, -esp_gemm_need_bytes(&c->gemm));
     esp_mem_free(c->blocks);
   }
   esp_mem_free(c);
@@ -119,8 +119,7 @@ static esp_gemm_need products_begin(esp_backend *be) {
 static void products_end(esp_backend *be, esp_gemm_need old) {
   const esp_gemm_need *n = &((count_impl *)be->impl)->gemm;
   esp_cpu_gemm_dry(NULL);
-  esp_mem_account(ESP_MEM_WORKSPACE,
-                  (int64_t)(n->scratch + n->partial + n->panels) - (int64_t)(old.scratch + old.partial + old.panels));
+  esp_mem_account(ESP_MEM_WORKSPACE, esp_gemm_need_bytes(n) - esp_gemm_need_bytes(&old));
 }
 static void linear(esp_backend *be, esp_tensor y, esp_tensor x, const esp_wview *w, esp_tensor bias,
                    const esp_tail *tails, int n_tails, float beta) {

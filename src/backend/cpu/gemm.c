@@ -226,8 +226,12 @@ static void share_a_fn(void *ctx, int64_t chunk, int thread) {
 static esp_status share_a(esp_gjob *j) {
   int64_t blocks = esp_ceil_div(j->k, 32), bytes = esp_ceil_div(j->m, 32) * blocks * ESP_GEMM_BLOCK;
   if (j->a.kind != ESP_GOPER_COLS || j->m <= 64 || bytes > SHARE_MOST) return ESP_OK;
-  ESP_TRY(ensure((void **)&g.tiles, &g.tiles_bytes, (size_t)bytes));
-  esp_parallel(blocks, share_a_fn, j);
+  if (dry) {
+    dry->tiles = most(dry->tiles, (size_t)bytes);
+  } else {
+    ESP_TRY(ensure((void **)&g.tiles, &g.tiles_bytes, (size_t)bytes));
+    esp_parallel(blocks, share_a_fn, j);
+  }
   j->a = (esp_goper){g.tiles, ESP_BF16, ESP_GOPER_TILES, blocks};
   return ESP_OK;
 }

@@ -25,8 +25,11 @@ int64_t esp_cpu_pack_bytes(int64_t out, int64_t in, esp_dtype compute);
  * products above compute nothing and only raise `need`: this is how the counting backend knows. One caller at a time.
  */
 typedef struct esp_gemm_need {
-  size_t scratch, partial, panels; /* scratch: of all threads */
+  size_t scratch, partial, panels, tiles; /* scratch: of all threads */
 } esp_gemm_need;
+static inline int64_t esp_gemm_need_bytes(const esp_gemm_need *n) {
+  return (int64_t)(n->scratch + n->partial + n->panels + n->tiles);
+}
 void esp_cpu_gemm_dry(esp_gemm_need *need);
 /* Releases the per-thread scratch of the products (backend destruction). */
 void esp_cpu_gemm_shutdown(void);
