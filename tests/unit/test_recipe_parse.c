@@ -1,6 +1,7 @@
 /* Recipes: errors with their place, all in one pass; overrides; origins; the resolved form; the hash.
  * Mutation seen to be caught: leaving out the memcpy of sections into tasks (bind_list) fails test_tasks; hashing paths
  * whole instead of by their last part fails test_hash. */
+#include <glob.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -339,6 +340,36 @@ static void test_schema(void **state) {
   esp_mem_free(text);
 }
 
+/* Every recipe of the repository is one, and survives its own resolved form. */
+static void test_examples(void **state) {
+  (void)state;
+  static const char *const patterns[] = {ESP_SOURCE_DIR "/recipes/*.yaml", ESP_SOURCE_DIR "/recipes/demo/*.yaml"};
+  int seen = 0;
+  for (int k = 0; k < 2; k++) {
+    glob_t g;
+    assert_int_equal(glob(patterns[k], 0, NULL, &g), 0);
+    for (size_t i = 0; i < g.gl_pathc; i++, seen++) {
+      esp_recipe *r = NULL, *again = NULL;
+      char first[33], second[33];
+      if (esp_recipe_load(g.gl_pathv[i], NULL, 0, &r) != ESP_OK) fail_msg("%s", esp_error_message());
+      esp_recipe_hash(r, first);
+      char *text = esp_recipe_resolved(r);
+      if (esp_recipe_parse(text, strlen(text), "/elsewhere/recipe.yaml", NULL, 0, &again) != ESP_OK)
+        fail_msg("%s", esp_error_message());
+      esp_recipe_hash(again, second);
+      assert_string_equal(first, second);
+      assert_string_equal(r->model.base_model, again->model.base_model);
+      if (r->checkpoint.output_dir[0] == '/') /* else the default, below the working directory */
+        assert_string_equal(r->checkpoint.output_dir, again->checkpoint.output_dir);
+      esp_mem_free(text);
+      esp_recipe_destroy(r);
+      esp_recipe_destroy(again);
+    }
+    globfree(&g);
+  }
+  assert_true(seen >= 6);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_errors),
@@ -349,6 +380,7 @@ int main(void) {
       cmocka_unit_test(test_overrides),
       cmocka_unit_test(test_hash),
       cmocka_unit_test(test_schema),
+      cmocka_unit_test(test_examples),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
