@@ -1,9 +1,20 @@
 /* doctor.c: what this machine offers and what of it is used; with calibrate, its ceilings by measurement, over the same
  * op table that a step uses. */
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include <cblas.h>
+#include <jansson.h>
+#include <pcre2.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/utsname.h>
 #include <unistd.h>
+#include <utf8proc.h>
+#include <xxhash.h>
+#include <yaml.h>
+#ifdef ESP_HAVE_MPI
+#include <mpi.h>
+#endif
 
 #include "api/api.h"
 #include "core/cpu.h"
@@ -87,6 +98,29 @@ static esp_status calibrate_into(json_t *j) {
   return ESP_OK;
 }
 
+/* What is loaded now, not what it was built against. */
+static void libraries_into(json_t *j) {
+  char text[512] = "";
+  json_object_set_new(j, "openblas", json_string(openblas_get_config()));
+  if (pcre2_config(PCRE2_CONFIG_VERSION, NULL) < (int)sizeof text) pcre2_config(PCRE2_CONFIG_VERSION, text);
+  json_object_set_new(j, "pcre2", json_string(text));
+  json_object_set_new(j, "jansson", json_string(jansson_version_str()));
+  json_object_set_new(j, "libyaml", json_string(yaml_get_version_string()));
+  json_object_set_new(j, "utf8proc", json_string(utf8proc_version()));
+  unsigned v = XXH_versionNumber();
+  snprintf(text, sizeof text, "%u.%u.%u", v / 10000, v / 100 % 100, v % 100);
+  json_object_set_new(j, "xxhash", json_string(text));
+#ifdef ESP_HAVE_MPI
+  char mpi[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+  int n = 0;
+  MPI_Get_library_version(mpi, &n);
+  mpi[strcspn(mpi, ",\n")] = 0;
+  json_object_set_new(j, "mpi", json_string(mpi));
+#else
+  json_object_set_new(j, "mpi", json_string("not built in"));
+#endif
+}
+
 static void text_of(esp_strbuf *b, json_t *j) {
   const char *key;
   json_t *v;
@@ -124,11 +158,7 @@ esp_status esp_doctor(int calibrate, int json, char **text) {
   esp_recipe machine = {0};
   machine.memory.limit_share = 1;
   json_object_set_new(j, "memory_mbytes", json_integer((json_int_t)(esp_memory_limit(&machine) >> 20)));
-#ifdef ESP_HAVE_MPI
-  json_object_set_new(j, "mpi", json_true());
-#else
-  json_object_set_new(j, "mpi", json_false());
-#endif
+  libraries_into(j);
   if (calibrate) ESP_GOTO(calibrate_into(j));
   if (json) {
     char *dump = json_dumps(j, JSON_INDENT(2));

@@ -38,9 +38,14 @@ esp_status esp_job_open_text(const char *yaml, size_t len, const char *path, con
 }
 
 esp_status esp_job_open_run(const char *run_dir, esp_job **out) {
-  char path[ESP_PATH], place[ESP_PATH], *full = realpath(run_dir, NULL);
+  char path[ESP_PATH], place[2 * ESP_PATH + 32], *full = realpath(run_dir, NULL);
   *out = NULL;
-  snprintf(place, sizeof place, "checkpoint.output_dir=%s", full ? full : run_dir); /* it may have been moved */
+  char *w = place + snprintf(place, sizeof place, "checkpoint.output_dir=\""); /* it may have been moved */
+  for (const char *p = full ? full : run_dir; *p && w < place + sizeof place - 4; p++) {
+    if (*p == '"' || *p == '\\') *w++ = '\\';
+    *w++ = *p;
+  }
+  memcpy(w, "\"", 2);
   free(full);
   const char *overrides[] = {place};
   esp_path_join(path, sizeof path, run_dir, "recipe.yaml");
