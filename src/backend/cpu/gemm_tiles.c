@@ -79,13 +79,19 @@ TARGET void esp_amx_b_from_long_rows(uint16_t *dst, int64_t panel, const uint16_
   for (int64_t q = 0; q < ((k + 31) & ~(int64_t)31); q += 2) {
     uint16_t *d = dst + q / 32 * 1024 + q % 32 / 2 * 32;
     const uint16_t *p = src + q * ld;
-    for (int64_t c = 0; c < cols; c += 32, d += panel) {
+    int64_t c = 0;
+    for (; q + 1 < k && c + 32 <= cols; c += 32, d += panel) {
+      __m512i a = _mm512_loadu_si512(p + c), b = _mm512_loadu_si512(p + ld + c);
+      _mm512_store_si512(d, _mm512_permutex2var_epi16(a, first, b));
+      _mm512_store_si512(d + 512, _mm512_permutex2var_epi16(a, second, b));
+    }
+    for (; c < cols; c += 32, d += panel) { /* the last columns, the last row, or nothing */
       __mmask32 m = mask_below(cols - c);
       __m512i a = _mm512_setzero_si512(), b = a;
       if (q < k) a = _mm512_maskz_loadu_epi16(m, p + c);
       if (q + 1 < k) b = _mm512_maskz_loadu_epi16(m, p + ld + c);
-      _mm512_storeu_si512(d, _mm512_permutex2var_epi16(a, first, b));
-      _mm512_storeu_si512(d + 512, _mm512_permutex2var_epi16(a, second, b));
+      _mm512_store_si512(d, _mm512_permutex2var_epi16(a, first, b));
+      _mm512_store_si512(d + 512, _mm512_permutex2var_epi16(a, second, b));
     }
   }
 }
