@@ -27,6 +27,12 @@ esp_status esp_comm_create(const char *name, esp_comm **out) {
   return esp_fail(ESP_ERR_RECIPE, "parallel.comm: unknown communicator '%s' (auto, self or mpi)", name);
 }
 
+int64_t esp_comm_workspace(int size, int64_t n) {
+  int64_t segment = (n + size - 1) / size;
+  if (segment > ESP_COMM_SEGMENT) segment = ESP_COMM_SEGMENT;
+  return 2 * segment * size * (int64_t)sizeof(float);
+}
+
 void esp_comm_destroy(esp_comm *c) {
   if (c) c->ops->destroy(c);
 }

@@ -30,6 +30,9 @@ void esp_comm_destroy(esp_comm *c); /* NULL is allowed */
 /* Every rank says how its part went; every rank gets the worst answer. A rank that did well while another failed gets a
  * message naming that rank. A collective call: use it where ranks may fail alone (files, memory, a step). */
 esp_status esp_comm_agree(esp_comm *c, esp_status mine);
+/* Bytes that a reduction of n floats over `size` > 1 ranks holds: for the plan. */
+enum { ESP_COMM_SEGMENT = 131072 }; /* elements of one rank's segment of a chunk */
+int64_t esp_comm_workspace(int size, int64_t n);
 
 /* registry: one line per communicator */
 esp_status esp_comm_self_create(esp_comm **out);

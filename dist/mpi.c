@@ -13,12 +13,11 @@
 #include "core/mem.h"
 #include "dist/comm.h"
 
-#define SEGMENT 131072            /* elements of one rank's segment of a chunk */
 #define MESSAGE ((size_t)1 << 30) /* bytes of one message: counts are int */
 
 typedef struct mpi_impl {
   MPI_Comm comm;
-  void *work; /* 2 * size * SEGMENT doubles at most, grown on demand */
+  void *work; /* 2 * size * ESP_COMM_SEGMENT doubles at most, grown on demand */
   size_t work_bytes;
 } mpi_impl;
 
@@ -41,7 +40,7 @@ static void *workspace(mpi_impl *m, size_t bytes) {
   return m->work;
 }
 
-/* Both element types share the text: sums a chunk of n <= size * SEGMENT elements. */
+/* Both element types share the text: sums a chunk of n <= size * ESP_COMM_SEGMENT elements. */
 #define DEFINE_REDUCE(T, SUFFIX, MPI_T)                                                                                \
   static esp_status reduce_chunk_##SUFFIX(esp_comm *c, T *buf, int64_t n) {                                            \
     mpi_impl *m = c->impl;                                                                                             \
@@ -63,7 +62,7 @@ static void *workspace(mpi_impl *m, size_t bytes) {
   }                                                                                                                    \
   static esp_status mpi_reduce_##SUFFIX(esp_comm *c, T *buf, int64_t n) {                                              \
     if (c->size == 1) return ESP_OK;                                                                                   \
-    int64_t chunk = (int64_t)SEGMENT * c->size;                                                                        \
+    int64_t chunk = (int64_t)ESP_COMM_SEGMENT * c->size;                                                               \
     for (int64_t at = 0; at < n; at += chunk)                                                                          \
       ESP_TRY(reduce_chunk_##SUFFIX(c, buf + at, n - at < chunk ? n - at : chunk));                                    \
     return ESP_OK;                                                                                                     \

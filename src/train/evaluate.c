@@ -16,7 +16,7 @@ esp_status esp_loop_score(esp_loop *l, int i, double *value) {
   e.set = set->name;
   e.metric = l->hooks->metric_name(set->metric);
   e.score = *value;
-  if (l->comm->rank == 0) ESP_TRY(esp_metrics_eval(&l->metrics, &e));
+  if (l->comm->rank == 0 && l->pending == ESP_OK) l->pending = esp_metrics_eval(&l->metrics, &e);
   esp_loop_emit(l, &e);
   return ESP_OK;
 }
@@ -27,7 +27,9 @@ esp_status esp_loop_matrix_row(esp_loop *l, int row) {
   for (int i = 0; i < l->r->eval.n_sets; i++) ESP_TRY(esp_loop_score(l, i, esp_matrix_cell(l->matrix, row, i)));
   char path[ESP_PATH];
   esp_path_join(path, sizeof path, l->r->checkpoint.output_dir, "matrix.json");
-  return esp_comm_agree(l->comm, l->comm->rank == 0 ? esp_matrix_save(l->matrix, path) : ESP_OK);
+  esp_status st = l->pending;
+  if (st == ESP_OK && l->comm->rank == 0) st = esp_matrix_save(l->matrix, path);
+  return esp_comm_agree(l->comm, st);
 }
 
 esp_status esp_loop_save_adapter(esp_loop *l, const char *folder, const char *name, char path[ESP_PATH]) {

@@ -61,8 +61,8 @@ static esp_status begin_task(esp_loop *l, int i, bool first) {
 
 static esp_status checkpoint(esp_loop *l) {
   esp_run_state *s = &l->state;
-  esp_status st = ESP_OK;
-  if (l->comm->rank == 0) {
+  esp_status st = l->pending;
+  if (l->comm->rank == 0 && st == ESP_OK) {
     char path[ESP_PATH];
     esp_recipe_hash(l->r, s->recipe_hash);
     snprintf(s->fingerprint, sizeof s->fingerprint, "%s", esp_model_fingerprint(l->engine.model));
@@ -137,8 +137,9 @@ static esp_status after_step(esp_loop *l, const esp_recipe_task *t, int64_t task
   e.step_seconds = seconds;
   e.tokens_per_second = seconds > 0 ? (double)out->tokens / seconds : 0;
   e.eta_seconds = l->step_seconds * (double)(l->total_steps - at->step);
-  if (l->comm->rank == 0) ESP_TRY(esp_metrics_step(&l->metrics, &e));
+  if (l->comm->rank == 0 && l->pending == ESP_OK) l->pending = esp_metrics_step(&l->metrics, &e);
   esp_loop_emit(l, &e);
+  if (l->comm->size == 1) ESP_TRY(l->pending);
   return esp_watch_step(&l->state.watch, &l->r->log.watchdog, at->step, out->loss, out->grad_norm);
 }
 
@@ -154,14 +155,15 @@ static esp_status one_step(esp_loop *l, const esp_recipe_task *t, const esp_pack
                            int64_t task_steps, bool *stop) {
   esp_cursor *at = &l->state.at;
   double began = esp_now(), lr = learning_rate(l, t, task_steps);
-  esp_step_in in = {packs,
-                    at->epoch_step,
-                    t->train.micro_batch_size,
-                    t->train.gradient_accumulation_steps,
-                    at->step,
-                    lr,
-                    l->r->memory.activation_checkpointing,
-                    l->r->seed};
+  esp_step_in in = {.packs = packs,
+                    .epoch_step = at->epoch_step,
+                    .micro_batch = t->train.micro_batch_size,
+                    .accumulate = t->train.gradient_accumulation_steps,
+                    .step = at->step,
+                    .lr = lr,
+                    .ckpt = l->r->memory.activation_checkpointing,
+                    .seed = l->r->seed,
+                    .failed = l->pending};
   esp_step_out out;
   ESP_TRY(with_checkpoint(l, esp_train_step(&l->engine, &in, &l->rows, &out)));
   at->step++, at->task_step++, at->epoch_step++;
@@ -196,7 +198,8 @@ static esp_status task_steps_loop(esp_loop *l, int task) {
       at->epoch_step = 0;
     }
     if (!packs) {
-      ESP_GOTO(esp_packs_create(l->data.task[task], &t->data_cfg, l->r->seed, task, at->epoch, &packs));
+      st = esp_packs_create(l->data.task[task], &t->data_cfg, l->r->seed, task, at->epoch, &packs);
+      ESP_GOTO(esp_comm_agree(l->comm, st));
       epoch_steps = (esp_packs_count(packs) + span - 1) / span;
       if (at->epoch_step >= epoch_steps) continue; /* resumed exactly at an epoch's end */
     }
@@ -259,6 +262,20 @@ static esp_status tasks_loop(esp_loop *l) {
   return ESP_OK;
 }
 
+/* Nothing is silent: rows that did not fit. */
+static void note_overlong(esp_loop *l) {
+  for (int i = 0; i < l->r->n_tasks; i++) {
+    const esp_dataset_stats *s = esp_dataset_statistics(l->data.task[i]);
+    long long dropped = s->dropped_overlong, truncated = s->truncated, split = s->split;
+    if (dropped + truncated + split > 0)
+      esp_loop_note(l,
+                    "task %s: of %lld rows, %lld too long for data.sequence_len %lld were dropped, %lld truncated, "
+                    "%lld split",
+                    l->r->tasks[i].name, (long long)s->rows, dropped, (long long)l->r->tasks[i].data_cfg.sequence_len,
+                    truncated, split);
+  }
+}
+
 /* Everything that can refuse the run before a weight is read. */
 static esp_status prepare(esp_loop *l, bool resume) {
   const esp_recipe *r = l->r;
@@ -270,9 +287,11 @@ static esp_status prepare(esp_loop *l, bool resume) {
   ESP_TRY(esp_comm_agree(l->comm, esp_train_plan(r, &l->data, l->comm, l->hooks, &l->plan)));
   ESP_TRY(esp_comm_agree(l->comm, refuse_memory(l->plan.plan)));
   l->total_steps = l->plan.plan->steps;
+  note_overlong(l);
   ESP_TRY(make_matrix(l));
   if (!resume) return esp_rundir_check(r, l->comm, l->opt && l->opt->overwrite);
   ESP_TRY(esp_rundir_prepare(r, l->comm, true, false));
+  esp_loop_log_open(l);
   return find_checkpoint(l);
 }
 
@@ -292,6 +311,7 @@ static esp_status run(esp_loop *l, bool resume) {
   /* Only now does anything appear on disk: weights that cannot be read leave no half of a run, and no run is replaced.
    */
   if (!resume) ESP_TRY(esp_rundir_prepare(l->r, l->comm, false, l->opt && l->opt->overwrite));
+  if (!resume) esp_loop_log_open(l);
   if (l->comm->rank == 0) st = esp_metrics_open(&l->metrics, l->r, l->state.jsonl_bytes, l->state.events_bytes);
   ESP_TRY(esp_comm_agree(l->comm, st));
   if (resumed) ESP_TRY(restore(l));
@@ -314,13 +334,18 @@ esp_status esp_train_run(const esp_recipe *r, esp_comm *comm, const esp_train_ho
   esp_status st = ESP_OK;
   if (r->parallel.threads > 0) st = esp_threads_init(r->parallel.threads);
   if (st == ESP_OK) st = run(l, resume);
+  esp_run_result own;
+  if (!result) result = &own;
+  if (st == ESP_OK || st == ESP_ERR_INTERRUPTED) esp_loop_result(l, result);
+  if (st == ESP_OK && l->engine.model)
+    st = esp_comm_agree(comm, comm->rank == 0 ? esp_loop_save_result(l, result) : ESP_OK);
   if (st == ESP_OK) {
-    st = esp_loop_result(l, result);
     esp_event e = esp_loop_event(l, ESP_EVENT_RUN_END);
     e.path = r->checkpoint.output_dir;
     esp_loop_emit(l, &e);
   }
   esp_metrics_close(&l->metrics);
+  if (l->log) fclose(l->log);
   esp_rows_deinit(&l->rows);
   esp_engine_deinit(&l->engine);
   esp_matrix_destroy(l->matrix);

@@ -2,6 +2,8 @@
 #ifndef ESP_TRAIN_LOOP_H
 #define ESP_TRAIN_LOOP_H
 
+#include <stdio.h>
+
 #include "train/checkpoint.h"
 #include "train/metrics.h"
 
@@ -19,6 +21,8 @@ typedef struct esp_loop {
   const char *phase;
   char checkpoint[ESP_PATH]; /* the newest, "" when there is none */
   int64_t total_steps, tokens;
+  esp_status pending;           /* rank 0 could not write its metrics: told to the others with the next step */
+  FILE *log;                    /* run.log, rank 0 */
   double started, step_seconds; /* step_seconds: running mean, for the ETA */
   esp_rows rows;
 } esp_loop;
@@ -28,7 +32,12 @@ void esp_loop_emit(esp_loop *l, esp_event *e);
 void esp_loop_phase(esp_loop *l, const char *phase);
 void esp_loop_note(esp_loop *l, const char *fmt, ...) ESP_PRINTF(2, 3);
 esp_event esp_loop_event(const esp_loop *l, esp_event_kind kind);
-esp_status esp_loop_result(const esp_loop *l, esp_run_result *result);
+void esp_loop_result(const esp_loop *l, esp_run_result *result);
+
+/* Opens run.log (appending) and writes the events since; a run goes on without it when it cannot be written. */
+void esp_loop_log_open(esp_loop *l);
+/* result.json: what esp_run_result says, and the plan beside the measured peak. Rank 0. */
+esp_status esp_loop_save_result(const esp_loop *l, const esp_run_result *r);
 
 /* rundir.c: the run directory. Rank 0 acts, all ranks agree. */
 /* Whether a run may be put there; changes nothing. */

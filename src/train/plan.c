@@ -82,8 +82,12 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   ESP_GOTO(largest(e, c, r->memory.activation_checkpointing));
   ESP_GOTO(esp_packs_create(d->task[task], &t->data_cfg, r->seed, task, 0, &packs));
   double before = e->be->stats.flops;
-  esp_step_in in = {packs, 0,           t->train.micro_batch_size,          t->train.gradient_accumulation_steps,
-                    0,     t->optim.lr, r->memory.activation_checkpointing, r->seed};
+  esp_step_in in = {.packs = packs,
+                    .micro_batch = t->train.micro_batch_size,
+                    .accumulate = t->train.gradient_accumulation_steps,
+                    .lr = t->optim.lr,
+                    .ckpt = r->memory.activation_checkpointing,
+                    .seed = r->seed};
   esp_step_out out;
   ESP_GOTO(esp_train_step(e, &in, &rows, &out));
   *flops = (e->be->stats.flops - before) / (double)(out.tokens > 0 ? out.tokens : 1); /* per token */
@@ -125,11 +129,12 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   out->stack_bytes = e.stack.high;
   esp_mem_stats s;
   esp_mem_stats_get(&s);
-  p->peak_bytes = s.peak_total;
+  int64_t reduce = comm->size > 1 ? esp_comm_workspace(comm->size, e.adapter->params->total) : 0;
+  p->peak_bytes = s.peak_total + reduce;
   p->n_categories = ESP_MEM_KINDS;
   for (int k = 0; k < ESP_MEM_KINDS; k++) {
     p->category_name[k] = esp_mem_kind_name((esp_mem_kind)k);
-    p->category_bytes[k] = s.peak[k];
+    p->category_bytes[k] = s.peak[k] + (k == ESP_MEM_WORKSPACE ? reduce : 0);
   }
   p->limit_bytes = esp_memory_limit(r);
   p->fits = p->peak_bytes <= p->limit_bytes;

@@ -3,8 +3,11 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #include "core/log.h"
+#include "io/file.h"
+#include "io/json.h"
 #include "train/loop.h"
 
 esp_event esp_loop_event(const esp_loop *l, esp_event_kind kind) {
@@ -30,7 +33,46 @@ esp_event esp_loop_event(const esp_loop *l, esp_event_kind kind) {
   return e;
 }
 
+void esp_loop_log_open(esp_loop *l) {
+  char path[ESP_PATH];
+  if (l->comm->rank == 0) l->log = fopen(esp_path_join(path, sizeof path, l->r->checkpoint.output_dir, "run.log"), "a");
+}
+
+static void log_line(FILE *f, const esp_event *e) {
+  char now[32];
+  time_t t = time(NULL);
+  struct tm utc;
+  strftime(now, sizeof now, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &utc));
+  switch (e->kind) {
+  case ESP_EVENT_STEP:
+    return; /* metrics.jsonl */
+  case ESP_EVENT_PHASE:
+    fprintf(f, "%s phase %s\n", now, e->phase);
+    break;
+  case ESP_EVENT_TASK_BEGIN:
+    fprintf(f, "%s task %s begins at step %lld of %lld\n", now, e->task, (long long)e->step, (long long)e->total_steps);
+    break;
+  case ESP_EVENT_EVAL:
+    fprintf(f, "%s step %lld: %s %s %.6g\n", now, (long long)e->step, e->set, e->metric, e->score);
+    break;
+  case ESP_EVENT_CHECKPOINT:
+    fprintf(f, "%s step %lld: checkpoint %s\n", now, (long long)e->step, e->path);
+    break;
+  case ESP_EVENT_TASK_END:
+    fprintf(f, "%s step %lld: adapter of %s %s\n", now, (long long)e->step, e->task, e->path);
+    break;
+  case ESP_EVENT_RUN_END:
+    fprintf(f, "%s finished: %lld steps\n", now, (long long)e->step);
+    break;
+  case ESP_EVENT_NOTE:
+    fprintf(f, "%s %s\n", now, e->text);
+    break;
+  }
+  fflush(f);
+}
+
 void esp_loop_emit(esp_loop *l, esp_event *e) {
+  if (l->log) log_line(l->log, e);
   if (l->comm->rank == 0 && l->opt && l->opt->on_event) l->opt->on_event(l->opt->ctx, e);
 }
 
@@ -51,8 +93,7 @@ void esp_loop_note(esp_loop *l, const char *fmt, ...) {
   esp_loop_emit(l, &e);
 }
 
-esp_status esp_loop_result(const esp_loop *l, esp_run_result *out) {
-  if (!out) return ESP_OK;
+void esp_loop_result(const esp_loop *l, esp_run_result *out) {
   *out = (esp_run_result){.steps = l->state.at.step,
                           .seconds = esp_now() - l->started,
                           .last_loss = l->state.last_loss,
@@ -65,10 +106,33 @@ esp_status esp_loop_result(const esp_loop *l, esp_run_result *out) {
     out->trainable = l->plan.plan->trainable;
     out->parameters = l->plan.plan->parameters;
   }
-  if (!l->matrix) return ESP_OK;
+  if (!l->matrix) return;
   esp_matrix_summary m;
   esp_matrix_summarise(l->matrix, &m);
   out->has_matrix = 1;
   out->acc = m.acc, out->bwt = m.bwt, out->fwt = m.fwt, out->forgetting = m.forgetting, out->min_acc = m.min_acc;
-  return ESP_OK;
+}
+
+static json_t *real(double v) {
+  return isfinite(v) ? json_real(v) : json_null();
+}
+
+esp_status esp_loop_save_result(const esp_loop *l, const esp_run_result *r) {
+  char path[ESP_PATH];
+  const esp_plan *p = l->plan.plan;
+  json_t *j = json_pack("{s:I,s:I,s:I,s:I,s:I,s:I,s:i,s:i}", "steps", (json_int_t)r->steps, "planned_steps",
+                        (json_int_t)p->steps, "memory_peak", (json_int_t)r->memory_peak, "planned_memory_peak",
+                        (json_int_t)p->peak_bytes, "trainable", (json_int_t)r->trainable, "parameters",
+                        (json_int_t)r->parameters, "ranks", l->comm->size, "tasks", r->n_tasks);
+  if (!j) return esp_fail_oom("result.json", 1024);
+  json_object_set_new(j, "seconds", real(r->seconds));
+  json_object_set_new(j, "last_loss", real(r->last_loss));
+  if (r->has_matrix)
+    json_object_set_new(j, "scores",
+                        json_pack("{s:o,s:o,s:o,s:o,s:o}", "acc", real(r->acc), "bwt", real(r->bwt), "fwt",
+                                  real(r->fwt), "forgetting", real(r->forgetting), "min_acc", real(r->min_acc)));
+  esp_path_join(path, sizeof path, l->r->checkpoint.output_dir, "result.json");
+  esp_status st = esp_json_save(path, j, 0);
+  json_decref(j);
+  return st;
 }

@@ -1,5 +1,5 @@
 /* rundir.c: the run directory: recipe.yaml (resolved), metrics.jsonl, adapters/<task>, bases/<task>, checkpoints/,
- * matrix.json, best/, result.json. */
+ * matrix.json, best/adapter, run.log, result.json. */
 #include <stdio.h>
 #include <string.h>
 
@@ -16,7 +16,7 @@ static bool holds_run(const char *dir) {
 /* Only what a run writes: the directory may hold the user's own files. */
 static esp_status remove_run(const char *dir) {
   static const char *const files[] = {"recipe.yaml", "metrics.jsonl", "events.out.tfevents.0.espalier",
-                                      "matrix.json", "result.json",   "plan.json"};
+                                      "matrix.json", "result.json",   "run.log"};
   static const char *const folders[] = {"checkpoints", "adapters", "bases", "best"};
   char path[ESP_PATH];
   for (size_t i = 0; i < sizeof folders / sizeof *folders; i++)

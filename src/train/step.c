@@ -63,7 +63,8 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
 
   esp_params_zero_grad(ps);
   sums s = {0};
-  esp_status st = micro_batches(e, in, rows, (float)(1.0 / out->weight), &s);
+  esp_status st = in->failed;
+  if (st == ESP_OK) st = micro_batches(e, in, rows, (float)(1.0 / out->weight), &s);
   if (st == ESP_OK) st = esp_backend_sync(e->be);
   s.failed = st != ESP_OK;
   s.stop = esp_stop_requested();

@@ -82,6 +82,7 @@ typedef struct esp_step_in {
   double lr;    /* scheduled */
   esp_ckpt_mode ckpt;
   uint64_t seed;
+  esp_status failed; /* this rank cannot go on (its message is set): the step carries that to the others */
 } esp_step_in;
 /* Collective. A non-finite loss or gradient is ESP_ERR_DIVERGED and leaves the parameters as they were. */
 esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, esp_step_out *out);

@@ -215,6 +215,22 @@ static void test_policies(void **state) {
   }
 }
 
+static void test_best(void **state) {
+  const char *more[] = {"checkpoint.keep_best={metric: a, mode: min}"};
+  char path[5000];
+  RUN(ESP_OK, "best", false, NULL, NULL, more, 1);
+  same_run("straight", "best");
+  snprintf(path, sizeof path, "%s/best/best/adapter/adapter_config.json", root);
+  assert_true(esp_file_exists(path));
+  size_t n;
+  char *log = slurp("best", "run.log", &n), *result = slurp("best", "result.json", &n);
+  assert_non_null(strstr(log, "is the best so far: a"));
+  assert_non_null(strstr(log, "finished"));
+  assert_non_null(strstr(result, "planned_memory_peak"));
+  esp_mem_free(log);
+  esp_mem_free(result);
+}
+
 static void test_refusals(void **state) {
   const char *small[] = {"memory.limit=200KiB"}, *other[] = {"optim.lr=3e-2"};
   char path[5000];
@@ -284,10 +300,10 @@ static int teardown(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_straight),     cmocka_unit_test(test_resume),         cmocka_unit_test(test_resume_often),
-      cmocka_unit_test(test_threads),      cmocka_unit_test(test_signal),         cmocka_unit_test(test_accumulation),
-      cmocka_unit_test(test_policies),     cmocka_unit_test(test_refusals),       cmocka_unit_test(test_damage),
-      cmocka_unit_test(test_changed_data), cmocka_unit_test(test_check_and_data),
+      cmocka_unit_test(test_straight), cmocka_unit_test(test_resume),       cmocka_unit_test(test_resume_often),
+      cmocka_unit_test(test_threads),  cmocka_unit_test(test_signal),       cmocka_unit_test(test_accumulation),
+      cmocka_unit_test(test_policies), cmocka_unit_test(test_best),         cmocka_unit_test(test_refusals),
+      cmocka_unit_test(test_damage),   cmocka_unit_test(test_changed_data), cmocka_unit_test(test_check_and_data),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }
