@@ -19,7 +19,10 @@ static const attn_case cases[] = {
     {2, 2, 64, {129}, false, 0, 0, 0},      {2, 1, 32, {150}, true, 1, 0, 0},
     {2, 1, 64, {200}, true, 70, 0, 0},      {2, 1, 24, {100}, true, 13, 0, 1},
     {2, 1, 64, {90, 40}, true, 0, 5.0f, 0}, {1, 1, 80, {67}, true, 20, 2.0f, 0},
-    {2, 1, 128, {97}, true, 0, 0, 0},       {1, 1, 33, {66, 1, 1}, false, 0, 3.0f, 0},
+    {2, 1, 128, {97}, true, 0, 0, 0},
+    {2, 1, 32, {1100}, true, 0, 0, 0}, /* several runs of queries */
+    {1, 1, 32, {600}, true, 100, 0, 0},
+    {1, 1, 32, {530}, false, 0, 0, 0},       {1, 1, 33, {66, 1, 1}, false, 0, 3.0f, 0},
 };
 
 typedef struct attn_test {
@@ -45,7 +48,7 @@ static double score(const attn_test *t, int64_t i, int64_t j, int h) {
 
 static void reference(attn_test *t) {
   const attn_case *c = t->c;
-  double p[512];
+  double p[2048];
   for (int s = 0; s < t->n_seqs; s++)
     for (int64_t i = t->cu[s]; i < t->cu[s + 1]; i++)
       for (int h = 0; h < c->heads; h++) {

@@ -21,7 +21,7 @@ static int64_t fwd_scratch(const esp_attn_args *a) {
 }
 static int64_t bwd_scratch(const esp_attn_args *a) {
   int64_t n = esp_attn_max_len(a);
-  return round64(use_tiles(a, true) ? esp_amx_bwd_scratch(a->head_dim, n) : esp_attn_bwd_scratch(a->head_dim, n));
+  return round64(use_tiles(a, true) ? esp_amx_bwd_scratch(a->head_dim) : esp_attn_bwd_scratch(a->head_dim, n));
 }
 static int64_t sums_bytes(const esp_attn_args *a) {
   return round64(esp_tensor_rows(&a->q) * esp_attn_bwd_heads(a) * a->head_dim * 2 * 4);

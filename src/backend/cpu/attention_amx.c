@@ -87,10 +87,25 @@ static void tiles_rows(uint16_t *out, const esp_tensor *x, int64_t t, int64_t n,
 }
 /* [32 keys, d] transposed as A tiles [d/16] of [16 of d][32 keys] */
 static void tiles_transposed(uint16_t *out, const esp_tensor *x, int64_t t, int64_t n, int64_t col, int64_t d) {
-  for (int64_t k = 0; k < 32; k++) {
-    const uint16_t *row = k < n ? head_row(x, t + k, col) : NULL;
-    for (int64_t i = 0; i < d; i++) out[i * 32 + k] = row ? row[i] : 0;
+  uint16_t pick[32] __attribute__((aligned(64)));
+  for (int i = 0; i < 32; i++) pick[i] = (uint16_t)(2 * i);
+  const __m512i even = _mm512_load_si512(pick), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+  for (int64_t c = 0; c < d; c += 32) {
+    __m512i r[2][16];
+    for (int h = 0; h < 2; h++) {
+      for (int k = 0; k < 16; k++)
+        r[h][k] = h * 16 + k < n ? _mm512_loadu_si512(head_row(x, t + h * 16 + k, col) + c) : _mm512_setzero_si512();
+      transpose16(r[h]); /* row: a pair along d; lane: a key */
+    }
+    for (int i = 0; i < 16; i++) {
+      _mm512_storeu_si512(out + (c + 2 * i) * 32, _mm512_permutex2var_epi16(r[0][i], even, r[1][i]));
+      _mm512_storeu_si512(out + (c + 2 * i + 1) * 32, _mm512_permutex2var_epi16(r[0][i], odd, r[1][i]));
+    }
   }
+}
+INLINE void prefetch_rows(const esp_tensor *x, int64_t t, int64_t n, int64_t col, int64_t d) {
+  for (int64_t r = 0; r < n; r++)
+    for (int64_t i = 0; i < d; i += 32) _mm_prefetch((const char *)(head_row(x, t + r, col) + i), _MM_HINT_T0);
 }
 
 void esp_amx_attn_pack(const esp_attn_args *a, bool backward, void *pack, int kv_head, int64_t block) {
@@ -289,14 +304,14 @@ void esp_amx_attn(const esp_attn_part *p) {
   store_transposed(&a->o, p->t0 + p->q0, nq, p->head * d, ot, d, corr);
 }
 
-/* One block of 64 queries against `rows` keys: P^T and dS^T as A tiles (pa, da), dS^T as B tiles (db). */
+/* One block of 64 queries against 32 keys: P^T and dS^T as A tiles (pa, da), dS^T as B tiles (db). */
 INLINE void probabilities(const esp_attn_args *a, const float *s, const float *dp, const float *lse2,
-                          const float *delta, int rows, const float *slope, char *pa, char *da, char *db) {
+                          const float *delta, const float *slope, char *pa, char *da, char *db) {
   const __m512 c = _mm512_set1_ps(a->softcap > 0 ? LOG2E : a->scale * LOG2E), scale = _mm512_set1_ps(a->scale);
   for (int g = 0; g < BQ; g += 32) {
     const __m512 l0 = _mm512_loadu_ps(lse2 + g), l1 = _mm512_loadu_ps(lse2 + g + 16);
     const __m512 e0 = _mm512_loadu_ps(delta + g), e1 = _mm512_loadu_ps(delta + g + 16);
-    for (int k = 0; k < rows; k += 2) {
+    for (int k = 0; k < 32; k += 2) {
       __m512 d[2][2];
       for (int r = 0; r < 2; r++) {
         const float *sr = s + (k + r) * BQ + g, *dr = dp + (k + r) * BQ + g;
@@ -319,80 +334,111 @@ INLINE void probabilities(const esp_attn_args *a, const float *s, const float *d
   }
 }
 
-void esp_amx_attn_bwd(const esp_attn_part *p) {
-  const esp_attn_args *a = p->a;
-  const int64_t d = a->head_dim, dc = d / 32, size = 32 * d * 2, len = p->len, blocks = (len + BQ - 1) / BQ;
-  const int kvh = p->head / (a->heads / a->kv_heads);
-  const float *lse = a->lse + (int64_t)p->head * esp_tensor_rows(&a->q) + p->t0;
-  const char *kv = (const char *)p->pack + (kvh * esp_amx_blocks(a) + p->block0) * 3 * size;
-  const int64_t part = BQ * d * 2; /* bytes of one operand of one block of queries */
-  char *qt = p->scratch, *gt = qt + blocks * part, *qp = gt + blocks * part, *gp = qp + blocks * part;
-  float *dqt = (float *)(gp + blocks * part), *delta = dqt + blocks * BQ * d, *lse2 = delta + blocks * BQ;
-  float *s = lse2 + blocks * BQ, *dp = s + BK * BQ, *slope = dp + BK * BQ, *dk = slope + BK * BQ, *dv = dk + BK * d;
-  char *pa = (char *)(dv + BK * d), *da = pa + BK * BQ * 2, *db = da + BK * BQ * 2;
+/* Operands of a run of queries (a few hundred, so that they and dQ stay in the second-level cache). */
+typedef struct query_run {
+  char *qt, *gt, *qp, *gp; /* per block of 64: Q and dO as B tiles, transposed and in pairs */
+  float *dqt, *delta, *lse2;
+} query_run;
 
-  configure();
-  memset(dqt, 0, (size_t)(blocks * BQ * d) * 4);
+static void prepare_queries(const esp_attn_part *p, const query_run *r, int64_t first, int64_t blocks) {
+  const esp_attn_args *a = p->a;
+  const int64_t d = a->head_dim, part = BQ * d * 2, col = p->head * d;
+  const float *lse = a->lse + (int64_t)p->head * esp_tensor_rows(&a->q) + p->t0;
+  memset(r->dqt, 0, (size_t)(blocks * BQ * d) * 4);
   for (int64_t b = 0; b < blocks; b++) {
-    int64_t q0 = b * BQ, n = len - q0 < BQ ? len - q0 : BQ, t = p->t0 + q0, col = p->head * d;
-    tiles_b_transposed((uint16_t *)(qt + b * part), &a->q, t, n, col, d);
-    tiles_b_transposed((uint16_t *)(gt + b * part), &a->d_o, t, n, col, d);
-    tiles_b_pairs((uint16_t *)(qp + b * part), &a->q, t, n, col, d);
-    tiles_b_pairs((uint16_t *)(gp + b * part), &a->d_o, t, n, col, d);
-    for (int64_t r = 0; r < BQ; r++) {
+    int64_t q0 = first + b * BQ, n = p->len - q0 < BQ ? p->len - q0 : BQ, t = p->t0 + q0;
+    prefetch_rows(&a->q, t, n, col, d);
+    prefetch_rows(&a->d_o, t, n, col, d);
+    prefetch_rows(&a->o, t, n, col, d);
+    tiles_b_transposed((uint16_t *)(r->qt + b * part), &a->q, t, n, col, d);
+    tiles_b_pairs((uint16_t *)(r->qp + b * part), &a->q, t, n, col, d);
+    tiles_b_transposed((uint16_t *)(r->gt + b * part), &a->d_o, t, n, col, d);
+    tiles_b_pairs((uint16_t *)(r->gp + b * part), &a->d_o, t, n, col, d);
+    for (int64_t i = 0; i < BQ; i++) {
       __m512 sum = _mm512_setzero_ps();
-      if (r < n)
-        for (int64_t i = 0; i < d; i += 16) {
-          __m512i o = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(head_row(&a->o, t + r, col) + i)));
-          __m512i g = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(head_row(&a->d_o, t + r, col) + i)));
+      if (i < n)
+        for (int64_t c = 0; c < d; c += 16) {
+          __m512i o = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(head_row(&a->o, t + i, col) + c)));
+          __m512i g = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(head_row(&a->d_o, t + i, col) + c)));
           sum = _mm512_fmadd_ps((__m512)_mm512_slli_epi32(o, 16), (__m512)_mm512_slli_epi32(g, 16), sum);
         }
-      delta[q0 + r] = _mm512_reduce_add_ps(sum);
-      lse2[q0 + r] = r < n ? lse[q0 + r] * LOG2E : 1e30f; /* lanes past the end: P = 0 */
+      r->delta[b * BQ + i] = _mm512_reduce_add_ps(sum);
+      r->lse2[b * BQ + i] = i < n ? lse[q0 + i] * LOG2E : 1e30f; /* lanes past the end: P = 0 */
     }
   }
-  for (int64_t k0 = 0; k0 < len; k0 += BK) {
-    int halves = len - k0 > 32 ? 2 : 1, rows = 32 * halves;
-    int64_t nk = len - k0 < BK ? len - k0 : BK, stop = len;
-    const char *block = kv + k0 / 32 * 3 * size;
-    memset(dk, 0, (size_t)(2 * BK * d) * 4);
-    if (a->window > 0 && k0 + nk - 1 + a->window < len) stop = k0 + nk - 1 + a->window;
-    for (int64_t q0 = a->causal ? k0 : 0; q0 < stop; q0 += BQ) {
-      int64_t b = q0 / BQ;
-      for (int h = 0; h < halves; h++) {
-        product_scores(s + h * 32 * BQ, block + h * 3 * size, qt + b * part, dc);
-        product_scores(dp + h * 32 * BQ, block + h * 3 * size + size, gt + b * part, dc);
-      }
-      if (a->softcap > 0) {
-        softcap(s, rows * BQ, a->softcap, a->scale);
-        for (int i = 0; i < rows * BQ; i++) slope[i] = 1 - s[i] / a->softcap * (s[i] / a->softcap);
-      }
-      hide(a, s, len, q0, k0, rows);
-      if (a->softcap > 0)
-        probabilities(a, s, dp, lse2 + q0, delta + q0, rows, slope, pa, da, db);
-      else
-        probabilities(a, s, dp, lse2 + q0, delta + q0, rows, NULL, pa, da, db);
-      for (int kt = 0; kt < rows / 16; kt += 2)
-        for (int64_t i = 0; i < d / 16; i += 2) {
-          int64_t at = kt * 16 * d + i * 16, row = d / 16 * TILE;
-          const char *g = gp + b * part + i * TILE, *q = qp + b * part + i * TILE;
-          product_add(dv + at, d, 2, pa + kt * 2 * TILE, pa + (kt + 1) * 2 * TILE, TILE, g, g + TILE, row);
-          product_add(dk + at, d, 2, da + kt * 2 * TILE, da + (kt + 1) * 2 * TILE, TILE, q, q + TILE, row);
-        }
-      const char *kt = block + 2 * size;
-      for (int64_t i = 0; i < d / 16; i += 2)
-        for (int g = 0; g < BQ / 16; g += 2)
-          product_add(dqt + b * BQ * d + i * 16 * BQ + g * 16, BQ, halves, kt + i * TILE, kt + (i + 1) * TILE, 3 * size,
-                      db + g * TILE, db + (g + 1) * TILE, BQ / 16 * TILE);
-    }
-    memcpy(p->dk + k0 * d, dk, (size_t)(nk * d) * 4);
-    memcpy(p->dv + k0 * d, dv, (size_t)(nk * d) * 4);
-  }
-  _tile_release();
+}
+
+void esp_amx_attn_bwd(const esp_attn_part *p) {
+  const esp_attn_args *a = p->a;
+  const int64_t d = a->head_dim, dc = d / 32, size = 32 * d * 2, len = p->len, part = BQ * d * 2;
+  const int kvh = p->head / (a->heads / a->kv_heads);
+  const char *kv = (const char *)p->pack + (kvh * esp_amx_blocks(a) + p->block0) * 3 * size;
+  const int64_t run = ESP_AMX_RUN / BQ; /* blocks */
+  query_run r = {.qt = p->scratch};
+  r.gt = r.qt + run * part;
+  r.qp = r.gt + run * part;
+  r.gp = r.qp + run * part;
+  r.dqt = (float *)(r.gp + run * part);
+  r.delta = r.dqt + run * BQ * d;
+  r.lse2 = r.delta + run * BQ;
+  float *s = r.lse2 + run * BQ, *dp = s + BK * BQ, *slope = dp + BK * BQ, *dk = slope + BK * BQ, *dv = dk + BK * d;
+  char *pa = (char *)(dv + BK * d), *da = pa + BK * BQ * 2, *db = da + BK * BQ * 2;
   float one[BQ];
   for (int i = 0; i < BQ; i++) one[i] = 1;
-  for (int64_t b = 0; b < blocks; b++)
-    store_transposed(&a->d_q, p->t0 + b * BQ, len - b * BQ, p->head * d, dqt + b * BQ * d, d, one);
+
+  configure();
+  memset(p->dk, 0, (size_t)(len * d) * 4);
+  memset(p->dv, 0, (size_t)(len * d) * 4);
+  for (int64_t first = 0; first < len; first += ESP_AMX_RUN) {
+    int64_t last = first + ESP_AMX_RUN < len ? first + ESP_AMX_RUN : len;
+    prepare_queries(p, &r, first, (last - first + BQ - 1) / BQ);
+    int64_t k0 = 0;
+    if (a->window > 0 && first - a->window + 1 > 0) k0 = (first - a->window + 1) / BK * BK;
+    for (; k0 < (a->causal ? last : len); k0 += BK) {
+      int halves = len - k0 > 32 ? 2 : 1;
+      int64_t nk = len - k0 < BK ? len - k0 : BK, begin = first, stop = last;
+      const char *block = kv + k0 / 32 * 3 * size;
+      if (a->causal && k0 > begin) begin = k0;
+      if (a->window > 0 && k0 + nk - 1 + a->window < stop) stop = k0 + nk - 1 + a->window;
+      memset(dk, 0, (size_t)(2 * BK * d) * 4);
+      memcpy(dk, p->dk + k0 * d, (size_t)(nk * d) * 4);
+      memcpy(dv, p->dv + k0 * d, (size_t)(nk * d) * 4);
+      for (int64_t q0 = begin; q0 < stop; q0 += BQ) {
+        int64_t b = (q0 - first) / BQ;
+        for (int h = 0; h < halves; h++) { /* 32 keys at a time: what passes between the phases stays in L1 */
+          const char *half = block + h * 3 * size;
+          product_scores(s, half, r.qt + b * part, dc);
+          product_scores(dp, half + size, r.gt + b * part, dc);
+          if (a->softcap > 0) {
+            softcap(s, 32 * BQ, a->softcap, a->scale);
+            for (int i = 0; i < 32 * BQ; i++) slope[i] = 1 - s[i] / a->softcap * (s[i] / a->softcap);
+          }
+          hide(a, s, len, q0, k0 + 32 * h, 32);
+          char *db_half = db + h * (BQ / 16) * TILE;
+          if (a->softcap > 0)
+            probabilities(a, s, dp, r.lse2 + b * BQ, r.delta + b * BQ, slope, pa, da, db_half);
+          else
+            probabilities(a, s, dp, r.lse2 + b * BQ, r.delta + b * BQ, NULL, pa, da, db_half);
+          for (int64_t i = 0; i < d / 16; i += 2) {
+            int64_t at = h * 32 * d + i * 16, row = d / 16 * TILE;
+            const char *g = r.gp + b * part + i * TILE, *q = r.qp + b * part + i * TILE;
+            product_add(dv + at, d, 2, pa, pa + 2 * TILE, TILE, g, g + TILE, row);
+            product_add(dk + at, d, 2, da, da + 2 * TILE, TILE, q, q + TILE, row);
+          }
+        }
+        const char *kt = block + 2 * size;
+        for (int64_t i = 0; i < d / 16; i += 2)
+          for (int g = 0; g < BQ / 16; g += 2)
+            product_add(r.dqt + b * BQ * d + i * 16 * BQ + g * 16, BQ, halves, kt + i * TILE, kt + (i + 1) * TILE,
+                        3 * size, db + g * TILE, db + (g + 1) * TILE, BQ / 16 * TILE);
+      }
+      memcpy(p->dk + k0 * d, dk, (size_t)(nk * d) * 4);
+      memcpy(p->dv + k0 * d, dv, (size_t)(nk * d) * 4);
+    }
+    for (int64_t q0 = first; q0 < last; q0 += BQ)
+      store_transposed(&a->d_q, p->t0 + q0, last - q0, p->head * d, r.dqt + (q0 - first) * d, d, one);
+  }
+  _tile_release();
 }
 #else
 void esp_amx_attn_pack(const esp_attn_args *a, bool backward, void *pack, int kv_head, int64_t block) {

@@ -17,9 +17,10 @@ static inline int64_t esp_amx_pack_bytes(const esp_attn_args *a, bool backward) 
 static inline int64_t esp_amx_scratch(int head_dim) {
   return 2 * head_dim * ESP_ATTN_BQ + 6 * ESP_ATTN_BK * ESP_ATTN_BQ + 4 * head_dim * ESP_ATTN_BQ;
 }
-static inline int64_t esp_amx_bwd_scratch(int head_dim, int64_t max_len) {
-  int64_t lp = (max_len + ESP_ATTN_BQ - 1) / ESP_ATTN_BQ * ESP_ATTN_BQ, tile = ESP_ATTN_BK * ESP_ATTN_BQ;
-  return 12 * lp * head_dim + 8 * lp + 12 * tile + 8 * ESP_ATTN_BK * head_dim + 6 * tile;
+#define ESP_AMX_RUN 512 /* queries whose operands are alive at a time in the backward pass */
+static inline int64_t esp_amx_bwd_scratch(int head_dim) {
+  int64_t tile = ESP_ATTN_BK * ESP_ATTN_BQ;
+  return 12 * ESP_AMX_RUN * head_dim + 8 * ESP_AMX_RUN + 12 * tile + 8 * ESP_ATTN_BK * head_dim + 6 * tile;
 }
 
 /* One block of one key head: K and V^T (forward), or K, V and K^T (backward). */
