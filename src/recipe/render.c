@@ -74,9 +74,12 @@ static void maybe_word(const esp_key *k, double v, esp_strbuf *out) {
 }
 
 static void path_text(const char *s, bool for_hash, esp_strbuf *out) {
-  if (for_hash) { /* a moved folder is the same recipe: files are known by their content, see checkpoints */
-    const char *slash = strrchr(s, '/');
-    esp_render_string(out, slash && slash[1] ? slash + 1 : s);
+  if (for_hash) {           /* a moved folder is the same recipe: files are known by their content, see checkpoints */
+    size_t end = strlen(s); /* "models/base/" is "models/base" */
+    while (end > 1 && s[end - 1] == '/') end--;
+    size_t start = end;
+    while (start > 0 && s[start - 1] != '/') start--;
+    esp_strbuf_add(out, s + start, end - start);
     return;
   }
   char cwd[PATH_MAX];

@@ -286,8 +286,9 @@ static void hash_of(const char *yaml, const char *path, const char *override, ch
 
 static void test_hash(void **state) {
   (void)state;
-  static const char *const same[] = {"log.every=7",   "checkpoint.output_dir=/x", "checkpoint.every=3",    "name=z",
-                                     "optim.lr=2e-4", "parallel.threads=2",       "tasks[0].optim.lr=2e-4"};
+  static const char *const same[] = {
+      "log.every=7",   "checkpoint.output_dir=/x", "checkpoint.every=3",     "name=z",
+      "optim.lr=2e-4", "parallel.threads=2",       "tasks[0].optim.lr=2e-4", "model.base_model=else/where/base/"};
   static const char *const different[] = {"optim.lr=2.1e-4",
                                           "seed=43",
                                           "tasks[0].name=u",
