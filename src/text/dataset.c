@@ -9,6 +9,7 @@
 #include "core/map.h"
 #include "text/data_priv.h"
 #include "text/template.h"
+#include "text/tok_priv.h"
 
 void esp_shard_deinit(esp_shard *s) {
   for (int i = 0; i < 4; i++) esp_mem_free(s->owned[i]);
@@ -232,7 +233,7 @@ esp_status esp_dataset_build(const esp_data_source *src, int n_src, const esp_da
   d = NULL;
 out:
   esp_dataset_destroy(d);
-  return st;
+  return esp_text_one_line(st);
 }
 
 void esp_dataset_destroy(esp_dataset *d) {

@@ -248,7 +248,7 @@ esp_status esp_cached_piece(const esp_tokenizer *t, esp_encoder *e, const char *
   slot->len = (uint8_t)n;
   slot->n = (uint8_t)made;
   memcpy(slot->key, s, n);
-  memcpy(slot->ids, out->data + before, (size_t)made * sizeof *slot->ids);
+  if (made) memcpy(slot->ids, out->data + before, (size_t)made * sizeof *slot->ids);
   return ESP_OK;
 }
 

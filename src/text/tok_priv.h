@@ -255,6 +255,9 @@ esp_status esp_wordpiece_piece(const esp_tokenizer *t, const char *s, size_t n, 
 esp_status esp_ids_push(esp_ids *ids, int32_t id);
 esp_status esp_ids_reserve(esp_ids *ids, int64_t more);
 
+/* Replaces control characters in the message of a failure; returns st. */
+esp_status esp_text_one_line(esp_status st);
+
 /* GPT-2's table: byte -> code point of its letter, and back (-1). */
 uint32_t esp_byte_to_cp(unsigned char b);
 int esp_cp_to_byte(uint32_t cp);

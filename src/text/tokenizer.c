@@ -106,6 +106,16 @@ static void encoder_return(const esp_tokenizer *t, esp_encoder *e) {
   pthread_mutex_unlock(&m->lock);
 }
 
+/* Names and texts from files come into messages: a line break in one must not break the message into lines. */
+esp_status esp_text_one_line(esp_status st) {
+  char line[4096];
+  if (st == ESP_OK) return st;
+  snprintf(line, sizeof line, "%s", esp_error_message());
+  for (char *c = line; *c; c++)
+    if ((unsigned char)*c < 0x20 || *c == 0x7F) *c = '?';
+  return strcmp(line, esp_error_message()) ? esp_fail(st, "%s", line) : st;
+}
+
 /* ---- loading ---- */
 /* Takes the top-level object apart: `model` stays text, every other member goes to jansson as one object. */
 static esp_status split_file(const char *json, size_t n, const char *path, const char **model, size_t *n_model,
@@ -198,7 +208,7 @@ esp_status esp_tokenizer_parse(const char *json, size_t len, const char *path, e
 out:
   json_decref(rest);
   esp_tokenizer_destroy(t);
-  return st;
+  return esp_text_one_line(st);
 }
 
 void esp_tokenizer_trim(esp_tokenizer *t) {
@@ -304,7 +314,7 @@ esp_status esp_tokenizer_load(const char *dir, esp_tokenizer **out) {
     *out = t;
   else
     esp_tokenizer_destroy(t);
-  return st;
+  return esp_text_one_line(st);
 }
 
 /* ---- encoding ---- */

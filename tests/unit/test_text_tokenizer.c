@@ -157,7 +157,94 @@ static void peer_pairs(void **state) {
   assert_true(pairs > 0);
 }
 
+static const char vocab[] = "\"vocab\":{\"<unk>\":0,\"a\":1,\"b\":2,\"ab\":3,\"\u2581\":4,\"\u2581a\":5,\"\\ufffd\":6}";
+
+/* What is not understood is an error that names the component. */
+static void refused(void **state) {
+  static const struct {
+    const char *json, *says;
+  } cases[] = {
+      {"", "tokenizer.json:1:1: "},
+      {"{}", "no key 'model'"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[]}} x", "after the end"},
+      {"{\"model\":{\"type\":\"BPE\",%s}}", "no merges"},
+      {"{\"model\":{\"type\":\"Unigram\",\"vocab\":[[\"a\",0.5]]}}", "Unigram"},
+      {"{\"model\":{\"type\":\"WordLevel\",%s}}", "model of type WordLevel"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[],\"dropout\":0.1}}", "dropout"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[],\"novel\":1}}", "'novel'"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[\"a z\"]}}", "the second is not in the vocabulary"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[\"a b c\"]}}", "two tokens"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[],\"unk_token\":\"[UNK]\"}}", "'[UNK]'"},
+      {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":0},\"merges\":[]}}", "share id 0"},
+      {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":-1},\"merges\":[]}}", "out of range"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[]},\"normalizer\":{\"type\":\"Nmt\"}}", "normalizer of type Nmt"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[]},\"pre_tokenizer\":{\"type\":\"UnicodeScripts\"}}",
+       "pre_tokenizer of type UnicodeScripts"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[]},\"decoder\":{\"type\":\"CTC\"}}", "decoder of type CTC"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[]},\"post_processor\":{\"type\":\"Odd\"}}",
+       "post_processor of type Odd"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[]},\"added_tokens\":[{\"content\":\"x\",\"id\":99}]}", "id 99"},
+      {"{\"model\":{\"type\":\"BPE\",%s,\"merges\":[]},\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Odd\","
+       "\"pattern\":{\"String\":\"x\"}}}",
+       "behavior 'Odd'"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    char json[2048];
+    const char *mark = strstr(cases[i].json, "%s");
+    snprintf(json, sizeof json, "%.*s%s%s", mark ? (int)(mark - cases[i].json) : (int)strlen(cases[i].json),
+             cases[i].json, mark ? vocab : "", mark ? mark + 2 : "");
+    esp_tokenizer *t = NULL;
+    assert_int_equal(esp_tokenizer_parse(json, strlen(json), "tokenizer.json", &t), ESP_ERR_DATA);
+    assert_null(t);
+    if (strncmp(esp_error_message(), "tokenizer.json:", 15) || !strstr(esp_error_message(), cases[i].says))
+      fail_msg("'%s' lacks '%s'", esp_error_message(), cases[i].says);
+  }
+}
+
+static void expect_ids(const esp_ids *ids, const char *want) {
+  char got[256] = "";
+  for (int64_t i = 0; i < ids->n; i++)
+    snprintf(got + strlen(got), sizeof got - strlen(got), "%s%d", i ? " " : "", ids->data[i]);
+  assert_string_equal(got, want);
+}
+
+/* A continued text gets no second mark in front, unless it follows an added token. Invalid bytes become U+FFFD. */
+static void continued(void **state) {
+  char json[2048];
+  snprintf(
+      json, sizeof json,
+      "{\"added_tokens\":[{\"id\":7,\"content\":\"<s>\",\"special\":true}],\"normalizer\":{\"type\":\"Sequence\","
+      "\"normalizers\":[{\"type\":\"Prepend\",\"prepend\":\"\u2581\"},{\"type\":\"Replace\",\"pattern\":{\"String\":"
+      "\" \"},\"content\":\"\u2581\"}]},\"model\":{\"type\":\"BPE\",\"unk_token\":\"<unk>\",%s,\"merges\":[[\"a\","
+      "\"b\"],[\"\u2581\",\"a\"]]}}",
+      vocab);
+  esp_tokenizer *t = NULL;
+  if (esp_tokenizer_parse(json, strlen(json), "tokenizer.json", &t) != ESP_OK) fail_msg("%s", esp_error_message());
+  esp_ids ids = {0};
+  assert_int_equal(esp_tokenizer_encode(t, "a", 1, false, &ids), ESP_OK);
+  expect_ids(&ids, "5");
+  assert_int_equal(esp_tokenizer_encode_more(t, "ab", 2, &ids), ESP_OK);
+  expect_ids(&ids, "5 3");
+  assert_int_equal(esp_tokenizer_encode_more(t, " a<s>a", 6, &ids), ESP_OK);
+  expect_ids(&ids, "5 3 5 7 5");
+  assert_int_equal(esp_tokenizer_encode_more(t, "<s>", 3, &ids), ESP_OK);
+  assert_int_equal(esp_tokenizer_encode_more(t, "a", 1, &ids), ESP_OK);
+  expect_ids(&ids, "5 3 5 7 5 7 5");
+  ids.n = 0;
+  assert_int_equal(esp_tokenizer_encode(t, "a\xFF\xE2\x82", 4, false, &ids), ESP_OK);
+  expect_ids(&ids, "5 6 6");
+  assert_int_equal(esp_tokenizer_vocab(t), 8);
+  assert_int_equal(esp_tokenizer_id(t, "<s>"), 7);
+  assert_int_equal(esp_tokenizer_id(t, "zz"), -1);
+  assert_true(esp_tokenizer_is_special(t, 7) && !esp_tokenizer_is_special(t, 1));
+  assert_null(esp_tokenizer_token(t, 8));
+  assert_string_equal(esp_tokenizer_token(t, 3), "ab");
+  esp_ids_deinit(&ids);
+  esp_tokenizer_destroy(t);
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(published_pairs), cmocka_unit_test(peer_pairs)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(published_pairs), cmocka_unit_test(peer_pairs),
+                                     cmocka_unit_test(refused), cmocka_unit_test(continued)};
   return cmocka_run_group_tests_name("text tokenizer", tests, NULL, NULL);
 }
