@@ -159,8 +159,9 @@ esp_status esp_adapter_load(esp_model *m, const char *dir, const char *name, boo
   }
   ESP_GOTO(esp_st_open(path, &f));
   const char *base = esp_st_metadata(f, "espalier_base");
-  /* before anything else: on another base every later message would only be a consequence */
-  if (base && strcmp(base, esp_model_fingerprint(m)) != 0) {
+  /* before anything else: on another base every later message would only be a consequence; a full copy brings every
+   * weight itself */
+  if (base && !whole && strcmp(base, esp_model_fingerprint(m)) != 0) {
     st = esp_fail(ESP_ERR_DATA, "%s: made on another base (fingerprint %s, %s has %s)", path, base, esp_model_dir(m),
                   esp_model_fingerprint(m));
     goto out;

@@ -61,7 +61,7 @@ static esp_status series_add(series *s, const json_t *row) {
     s->switches[s->n_switches].step = s->step[s->n];
     snprintf(s->switches[s->n_switches++].name, ESP_MATRIX_NAME, "%s", task);
   }
-  double speed = number(row, "tokens_per_second"), seconds = number(row, "step_seconds");
+  double speed = number(row, "tokens_per_second"), seconds = number(row, "seconds");
   double memory = number(row, "memory_peak");
   if (!isnan(speed)) s->tokens_per_second += speed;
   if (!isnan(seconds)) s->seconds += seconds;
