@@ -73,55 +73,7 @@ char *esp_job_resolved(const esp_job *job) {
   return esp_recipe_resolved(job->recipe);
 }
 
-/* ---- check and plan ---- */
-
-static void dataset_fact(esp_strbuf *b, const char *what, const char *name, const esp_dataset *d) {
-  const esp_dataset_stats *s = esp_dataset_statistics(d);
-  esp_strbuf_printf(b,
-                    "%s %s: %lld rows, %lld samples kept, %lld dropped as too long, %lld truncated, %lld split; %lld "
-                    "tokens, %lld trained; %lld of %lld trained turns end with a trained terminator\n",
-                    what, name, (long long)s->rows, (long long)s->kept, (long long)s->dropped_overlong,
-                    (long long)s->truncated, (long long)s->split, (long long)s->tokens, (long long)s->trained_tokens,
-                    (long long)s->turns_terminated, (long long)s->turns_trained);
-}
-
-static void engine_facts(esp_strbuf *b, const char *task, const esp_engine *e) {
-  int64_t numel = 0;
-  int sites = 0, n = esp_model_sites(e->model, &(esp_site **){NULL});
-  for (int i = 0; i < n; i++) sites += e->adapter->targeted[i];
-  for (int i = 0; i < e->adapter->params->count; i++) numel += e->adapter->params->list[i].numel;
-  esp_strbuf_printf(b, "task %s: adapter %s on %d of %d modules, %lld trained values\n", task, e->adapter->kind->name,
-                    sites, n, (long long)numel);
-}
-
-esp_status esp_job_check(esp_job *job, char **facts) {
-  const esp_recipe *r = job->recipe;
-  esp_status st = ESP_OK;
-  esp_train_data d = {0};
-  esp_engine e = {0};
-  esp_comm *self = NULL;
-  esp_strbuf b;
-  esp_strbuf_init(&b);
-  if (facts) *facts = NULL;
-  ESP_GOTO(esp_comm_create("self", &self));
-  ESP_GOTO(esp_train_data_load(r, true, true, &d));
-  for (int i = 0; i < r->n_tasks; i++) dataset_fact(&b, "task", r->tasks[i].name, d.task[i]);
-  for (int i = 0; i < r->eval.n_sets; i++) dataset_fact(&b, "evaluation set", r->eval.sets[i].name, d.eval[i]);
-  ESP_GOTO(esp_engine_init(&e, r, self, "count"));
-  for (int i = 0; i < r->n_tasks; i++) {
-    if (i > 0 && r->continual.policy == ESP_POLICY_CONTINUE) break;
-    ESP_GOTO(esp_engine_load(&e, r->model.base_model, &r->tasks[i].adapter, NULL, true));
-    engine_facts(&b, r->tasks[i].name, &e);
-  }
-  if (b.failed) ESP_GOTO(ESP_ERR_MEMORY);
-  if (facts) *facts = esp_strbuf_take(&b);
-out:
-  esp_strbuf_deinit(&b);
-  esp_engine_deinit(&e);
-  esp_train_data_deinit(&d);
-  esp_comm_destroy(self);
-  return st;
-}
+/* ---- plan ---- */
 
 esp_status esp_job_plan(esp_job *job, esp_plan **out) {
   esp_status st = ESP_OK;

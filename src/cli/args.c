@@ -75,8 +75,11 @@ static int unknown_option(const cli_verb *verb, const char *text) {
 }
 
 static bool add_override(cli_args *a, const char *text, char *owned) {
-  if (owned && a->n_owned < CLI_MAX_ARGS) a->owned[a->n_owned++] = owned;
-  if (a->n_overrides == CLI_MAX_ARGS) return false;
+  if (a->n_overrides == CLI_MAX_ARGS || a->n_owned == CLI_MAX_ARGS) {
+    free(owned);
+    return false;
+  }
+  if (owned) a->owned[a->n_owned++] = owned;
   a->overrides[a->n_overrides++] = text;
   return true;
 }
@@ -91,6 +94,13 @@ bool cli_override(cli_args *a, const char *key, const char *value) {
   }
   *w++ = '"';
   *w = 0;
+  return add_override(a, text, text);
+}
+
+bool cli_override_plain(cli_args *a, const char *key, const char *value) {
+  char *text = malloc(strlen(key) + strlen(value) + 2);
+  if (!text) return false;
+  sprintf(text, "%s=%s", key, value);
   return add_override(a, text, text);
 }
 

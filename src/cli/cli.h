@@ -61,8 +61,9 @@ bool cli_flag(const cli_args *a, const char *option);
 int cli_values(const cli_args *a, const char *option, const char **out, int max);
 bool cli_integer(const cli_args *a, const char *option, int64_t min, int64_t max, int64_t *out);
 bool cli_number(const cli_args *a, const char *option, double min, double max, double *out);
-/* Adds key="value", quoted for YAML. */
+/* Adds key=value. The first quotes the value for YAML, so that any text is a text. */
 bool cli_override(cli_args *a, const char *key, const char *value);
+bool cli_override_plain(cli_args *a, const char *key, const char *value);
 int cli_usage_error(const cli_verb *verb, const char *fmt, ...) ESP_PRINTF(2, 3); /* returns 2 */
 /* Edit distance; the nearest name or NULL. */
 const char *cli_nearest(const char *word, const char *const *names, int n);

@@ -37,15 +37,9 @@ bool cli_open_job(cli_args *a, esp_job **job, int *code) {
   int64_t threads = 0;
   if (!cli_integer(a, "threads", 1, 4096, &threads)) return *code = ESP_ERR_RECIPE, false;
   if (output && !cli_override(a, "checkpoint.output_dir", output)) return *code = ESP_ERR_MEMORY, false;
-  char text[64];
-  if (threads) {
-    snprintf(text, sizeof text, "%lld", (long long)threads);
-    char *override = malloc(96);
-    if (!override) return *code = ESP_ERR_MEMORY, false;
-    snprintf(override, 96, "parallel.threads=%s", text);
-    a->owned[a->n_owned++] = override;
-    a->overrides[a->n_overrides++] = override;
-  }
+  char text[24];
+  snprintf(text, sizeof text, "%lld", (long long)threads);
+  if (threads && !cli_override_plain(a, "parallel.threads", text)) return *code = ESP_ERR_MEMORY, false;
   esp_set_log(log_line, a);
   esp_status st = esp_job_open(a->positional[0], a->overrides, a->n_overrides, job);
   if (st == ESP_OK) return true;

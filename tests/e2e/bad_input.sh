@@ -199,6 +199,10 @@ bad "generate from nothing" 3 "nomodel" $no generate -m nomodel -p x
 bad "extract from models of two shapes" 3 "shape|differ|layers|safetensors" "cp -r model tuned; edit 's/\"num_hidden_layers\": 2/\"num_hidden_layers\": 1/' tuned/config.json" extract -b model -t tuned -o out
 bad "merge onto a full disk" 3 "out.*" "limit=8" merge -b model -a $ad -o out
 
+lines=4
+bad "everything that is wrong with the files" 3 "^evaluation set 'a': a.test.jsonl: " "rm a.test.jsonl; edit '2s/.*/{/' a.jsonl; line 'log: {every: 1}'; printf '  - {name: b, data: [{path: nodata.jsonl}]}\n' >more; edit '/eval: a\$/r more' r.yaml; rm more" check r.yaml 'adapter.target=[zz_proj]'
+lines=1
+
 # ---- runs ----
 bad "a run is already there" 2 "run.* already" $no run r.yaml --output run
 bad "output below a file" 3 "a.jsonl" $no run r.yaml --output a.jsonl/x
