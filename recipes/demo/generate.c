@@ -47,6 +47,8 @@ static const char *const places[] = {"to the river",     "to the market", "into 
 
 typedef struct scene {
   int kind, good, many, past;
+  const word *noun;
+  const char *place;
   char text[256];
 } scene;
 
@@ -64,9 +66,11 @@ static void scene_make(scene *s) {
   const word *w = s->kind == 0   ? &animals[pick(COUNT(animals))]
                   : s->kind == 1 ? &persons[pick(COUNT(persons))]
                                  : &things[pick(COUNT(things))];
+  s->noun = w;
   const char *adj = s->good ? pleasant[pick(COUNT(pleasant))] : unpleasant[pick(COUNT(unpleasant))];
   const word *move = &moves[pick(COUNT(moves))];
   const char *place = places[pick(COUNT(places))];
+  s->place = place;
   const char *when = s->past ? past_time[pick(COUNT(past_time))] : future_time[pick(COUNT(future_time))];
   const char *number = s->many ? numbers[pick(COUNT(numbers))] : pick(2) ? "one" : "a single";
   char verb[32];
@@ -94,6 +98,20 @@ static void remark(const scene *s, int property, char *out, size_t n) {
     break;
   default:
     snprintf(out, n, v ? "It %s." : "All this %s.", s->past ? "is in the past" : "is still to come");
+  }
+}
+
+/* A question that is none of the tasks': the corpus teaches what a question, yes and no are. */
+static void other_question(const scene *s, char *out, size_t n) {
+  int yes = pick(2);
+  if (pick(2)) {
+    const char *place = s->place;
+    while (!yes && place == s->place) place = places[pick(COUNT(places))];
+    snprintf(out, n, "Is it %s?\\n%s", place, yes ? "yes" : "no");
+  } else {
+    const word *noun = s->noun;
+    while (!yes && noun == s->noun) noun = pick(2) ? &animals[pick(COUNT(animals))] : &persons[pick(COUNT(persons))];
+    snprintf(out, n, "Is it about a %s?\\n%s", noun->one, yes ? "yes" : "no");
   }
 }
 
@@ -129,11 +147,17 @@ static void corpus(const char *dir, int documents, esp_strbuf *text) {
   for (int i = 0; i < documents; i++) {
     char doc[2048];
     size_t at = 0;
-    int scenes = 1 + pick(4);
+    int question_only = pick(3) == 0, scenes = question_only ? 1 : 1 + pick(4);
     for (int k = 0; k < scenes; k++) {
       scene s;
       scene_make(&s);
       at += (size_t)snprintf(doc + at, sizeof doc - at, "%s%s", k ? " " : "", s.text);
+      if (question_only) {
+        char words[128];
+        other_question(&s, words, sizeof words);
+        at += (size_t)snprintf(doc + at, sizeof doc - at, " %s", words);
+        break;
+      }
       int order[4] = {0, 1, 2, 3}, remarks = 2 + pick(3);
       for (int r = 0; r < remarks; r++) {
         int j = r + pick(4 - r), t = order[r];
