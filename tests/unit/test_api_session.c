@@ -1,0 +1,199 @@
+/* Stepping by hand, and the doors to files: sessions, inspect, matrix, report, merge, doctor, on a tiny model.
+ * Mutation seen caught: the learning-rate factor ignored in esp_session_step: test_step fails. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "espalier/espalier.h"
+#include "tiny.h"
+
+static char root[4096], model[4200];
+static const char *const settings[] = {"model.dtype=fp32", "adapter.r=4", "adapter.alpha=8", "optim.lr=1e-2"};
+
+static void ok(esp_status st) {
+  if (st != ESP_OK) fail_msg("%s", esp_error_message());
+}
+
+static esp_session *open_session(const char *adapter) {
+  esp_session *s = NULL;
+  ok(esp_session_open(model, settings, 4, &s));
+  ok(esp_session_attach(s, adapter));
+  return s;
+}
+
+static void test_text(void **state) {
+  esp_session *s = open_session(NULL);
+  int32_t *ids;
+  int64_t n;
+  char *text;
+  ok(esp_session_encode(s, "caf\xc3\xa9 !", 0, &ids, &n));
+  assert_int_equal(n, 7);
+  ok(esp_session_decode(s, ids, n, &text));
+  assert_string_equal(text, "caf\xc3\xa9 !");
+  assert_int_equal(esp_session_eos(s), 256);
+  esp_free(ids);
+  esp_free(text);
+  esp_session_close(s);
+}
+
+static void test_step(void **state) {
+  static const int32_t a[] = {10, 20, 30, 40, 50}, b[] = {7, 8, 9};
+  static const float wb[] = {0, 0, 1};
+  esp_example batch[2] = {{a, NULL, 5}, {b, wb, 3}};
+  esp_session *s = open_session(NULL);
+  esp_step_result before, step, after;
+  ok(esp_session_loss(s, batch, 2, &before));
+  assert_true(before.trained_tokens == 5); /* four of the first, one of the second */
+  ok(esp_session_step(s, batch, 2, &step));
+  assert_true(step.loss == before.loss);
+  assert_int_equal(step.step, 1);
+  assert_true(step.grad_norm > 0 && step.lr == 1e-2);
+  for (int i = 0; i < 15; i++) ok(esp_session_step(s, batch, 2, &step));
+  ok(esp_session_loss(s, batch, 2, &after));
+  assert_true(after.loss < 0.7 * before.loss);
+  esp_session_set_lr_factor(s, 0);
+  ok(esp_session_step(s, batch, 2, &step));
+  assert_true(step.lr == 0);
+  esp_step_result still;
+  ok(esp_session_loss(s, batch, 2, &still));
+  assert_true(still.loss == after.loss);
+  /* saved and loaded: the same loss */
+  char dir[4300];
+  snprintf(dir, sizeof dir, "%s/adapter", root);
+  ok(esp_session_save(s, dir));
+  esp_session_close(s);
+  s = open_session(dir);
+  ok(esp_session_loss(s, batch, 2, &still));
+  assert_true(still.loss == after.loss);
+  /* a larger batch than any before */
+  enum { LONG = 400 };
+  static int32_t many[LONG];
+  for (int i = 0; i < LONG; i++) many[i] = i % 250;
+  esp_example large = {many, NULL, LONG};
+  ok(esp_session_step(s, &large, 1, &step));
+  assert_true(isfinite(step.loss));
+  esp_session_close(s);
+}
+
+static void test_mistakes(void **state) {
+  static const int32_t ids[] = {1, 2, 999}, good[] = {1, 2, 3};
+  static const float none[] = {1, 0, 0}; /* the first token is never predicted */
+  esp_example bad = {ids, NULL, 3}, one = {good, NULL, 1}, untrained = {good, none, 3}, fine = {good, NULL, 3};
+  esp_step_result r;
+  esp_session *s = NULL;
+  assert_int_equal(esp_session_open(root, settings, 4, &s), ESP_ERR_DATA);
+  assert_null(s);
+  const char *wrong[] = {"adapter.rnak=4"};
+  assert_int_equal(esp_session_open(model, wrong, 1, &s), ESP_ERR_RECIPE);
+  assert_non_null(strstr(esp_error_message(), "rnak"));
+  ok(esp_session_open(model, settings, 4, &s));
+  assert_int_equal(esp_session_step(s, &fine, 1, &r), ESP_ERR_RECIPE); /* nothing to train */
+  ok(esp_session_attach(s, NULL));
+  assert_int_equal(esp_session_attach(s, NULL), ESP_ERR_RECIPE);
+  assert_int_equal(esp_session_step(s, &bad, 1, &r), ESP_ERR_DATA);
+  assert_non_null(strstr(esp_error_message(), "999"));
+  assert_int_equal(esp_session_step(s, &one, 1, &r), ESP_ERR_DATA);
+  assert_int_equal(esp_session_step(s, &untrained, 1, &r), ESP_ERR_DATA);
+  assert_int_equal(esp_session_step(s, NULL, 0, &r), ESP_ERR_DATA);
+  ok(esp_session_step(s, &fine, 1, &r)); /* a mistake leaves the session usable */
+  esp_session_close(s);
+}
+
+static void test_generate(void **state) {
+  esp_session *s = open_session(NULL);
+  const char *prompts[2] = {"item 1 is", "x"};
+  char *a[2], *b[2], *alone[1];
+  esp_generate_options o = {.max_new_tokens = 9, .temperature = 1, .top_p = 0.9, .seed = 5};
+  ok(esp_session_generate(s, prompts, 2, &o, a));
+  ok(esp_session_generate(s, prompts, 2, &o, b));
+  ok(esp_session_generate(s, prompts, 1, &o, alone));
+  assert_string_equal(a[0], b[0]);
+  assert_string_equal(a[1], b[1]);
+  assert_string_equal(a[0], alone[0]); /* what else is in the batch does not matter */
+  for (int i = 0; i < 2; i++) esp_free(a[i]), esp_free(b[i]);
+  esp_free(alone[0]);
+  esp_session_close(s);
+}
+
+static void has(char *text, const char *words) {
+  if (!text || !strstr(text, words)) fail_msg("'%s' is not in: %s", words, text ? text : "(null)");
+}
+
+static void test_files(void **state) {
+  static const char recipe[] =
+      "name: t\nmodel: {base_model: model, dtype: fp32}\nadapter: {type: lora, r: 2, alpha: 4}\n"
+      "data: {sequence_len: 64}\ntrain: {max_steps: 3}\n"
+      "eval: {sets: [{name: a, path: a.test.jsonl, metric: perplexity}]}\n"
+      "tasks: [{name: a, data: [{path: a.jsonl}], eval: a}]\n"
+      "after: [{merge: {out: merged, verify: 2}}, {report: {}}]\ncheckpoint: {output_dir: run}\n";
+  char path[4500], run[4300], *text = NULL;
+  esp_job *job = NULL;
+  esp_run_result r;
+  snprintf(path, sizeof path, "%s/r.yaml", root);
+  snprintf(run, sizeof run, "%s/run", root);
+  ok(esp_job_open_text(recipe, sizeof recipe - 1, path, NULL, 0, &job));
+  ok(esp_job_run(job, NULL, &r));
+  esp_job_close(job);
+  assert_int_equal(r.steps, 3);
+  snprintf(path, sizeof path, "%s/report.html", run);
+  assert_true(esp_file_exists(path));
+  ok(esp_run_matrix(run, 0, &text));
+  has(text, "ACC");
+  esp_free(text);
+  static const char *const places[] = {"", "/adapters/a", "/checkpoints/checkpoint-00000003-task1", "/merged",
+                                       "/merged/model.safetensors"};
+  static const char *const kinds[] = {"\"run\"", "\"adapter\"", "\"checkpoint\"", "\"model\"", "\"safetensors\""};
+  for (int i = 0; i < 5; i++) {
+    snprintf(path, sizeof path, "%s%s", run, places[i]);
+    ok(esp_inspect(path, 1, &text));
+    has(text, kinds[i]);
+    esp_free(text);
+    ok(esp_inspect(path, 0, &text));
+    esp_free(text);
+  }
+  assert_int_equal(esp_inspect(root, 0, &text), ESP_ERR_DATA);
+  const char *adapters[1];
+  char adapter[4400], out[4300];
+  snprintf(adapter, sizeof adapter, "%s/adapters/a", run);
+  snprintf(out, sizeof out, "%s/merged2", root);
+  adapters[0] = adapter;
+  esp_merge_options m = {
+      .base = model, .adapters = adapters, .n_adapters = 1, .out = out, .dtype = "fp32", .verify = 2};
+  esp_merge_result mr;
+  ok(esp_merge(&m, &mr));
+  assert_true(mr.changed > 0 && mr.rows > 0 && mr.max_rel < 1e-4);
+  esp_extract_options x = {.base = model, .tuned = out, .rank = 2};
+  esp_extract_result xr;
+  snprintf(path, sizeof path, "%s/extracted", root);
+  x.out = path;
+  ok(esp_extract(&x, &xr));
+  assert_true(xr.sites > 0 && xr.max_error < 1e-2); /* the change has rank 2 */
+  ok(esp_doctor(0, 0, &text));
+  has(text, "instructions_used");
+  esp_free(text);
+}
+
+static int setup(void **state) {
+  char name[] = "api-session-XXXXXX";
+  if (!mkdtemp(name) || !realpath(name, root)) return 1;
+  snprintf(model, sizeof model, "%s/model", root);
+  return tiny_make(root) == ESP_OK ? 0 : 1;
+}
+static int teardown(void **state) {
+  return esp_remove_tree(root) == ESP_OK ? 0 : 1;
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_text),     cmocka_unit_test(test_step),  cmocka_unit_test(test_mistakes),
+      cmocka_unit_test(test_generate), cmocka_unit_test(test_files),
+  };
+  return cmocka_run_group_tests(tests, setup, teardown);
+}
