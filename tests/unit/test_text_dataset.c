@@ -16,7 +16,9 @@
 #include "core/strbuf.h"
 #include "core/threads.h"
 #include "io/file.h"
+#include "io/json.h"
 #include "text/dataset.h"
+#include "text/template.h"
 
 static char dir[] = "/tmp/esp_dataset_XXXXXX";
 static char file[64];
@@ -480,10 +482,69 @@ static void threads(void **state) {
   esp_strbuf_deinit(&b);
 }
 
+/* Tokenising a conversation run by run gives the ids of the whole rendered text (what apply_chat_template gives), so
+ * long as no token would straddle the edge of an answer. */
+static void as_a_whole(void **state) {
+  static const struct {
+    const char *dir, *chat, *name;
+  } cases[] = {{"qwen2", "builtin:chatml", "chatml"},
+               {"llama-spm", "builtin:mistral", "mistral"},
+               {"gpt2", "builtin:alpaca", "alpaca"}};
+  static const char *const says[] = {"What is  2+2?\n", "It's 4.",
+                                     "Et en fran\xC3\xA7"
+                                     "ais\xE2\x80\xA6 ?",
+                                     "Quatre\n\n\xF0\x9F\x99\x82"};
+  if (!esp_dir_exists(ESP_SHARED_DIR "/data/tokenizers")) {
+    print_message("skipped: the shared tokenizers are absent\n");
+    skip();
+  }
+  json_t *list = json_array();
+  esp_message m[4];
+  for (int i = 0; i < 4; i++) {
+    m[i] = (esp_message){i % 2 ? "assistant" : "user", says[i], -1};
+    json_array_append_new(list, json_pack("{s:s,s:s}", "role", m[i].role, "content", says[i]));
+  }
+  json_t *row = json_pack("{s:o}", "messages", list);
+  char *text = json_dumps(row, JSON_COMPACT);
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    char dir_of[512];
+    esp_tokenizer *t;
+    snprintf(dir_of, sizeof dir_of, ESP_SHARED_DIR "/data/tokenizers/%s", cases[i].dir);
+    if (esp_tokenizer_load(dir_of, &t) != ESP_OK) fail_msg("%s", esp_error_message());
+    esp_data_cfg c = chat(cases[i].chat);
+    c.add_bos = false;
+    if (esp_tokenizer_eos(t) < 0 && i == 2) c.train_on_eos = "none"; /* alpaca ends with the tokenizer's EOS */
+    esp_data_source src = {.path = file};
+    esp_dataset *d;
+    assert_int_equal(esp_file_write_atomic(file, text, strlen(text)), ESP_OK);
+    if (esp_dataset_build(&src, 1, &c, t, &d) != ESP_OK) fail_msg("%s", esp_error_message());
+    esp_rendered r;
+    assert_int_equal(esp_template_render(cases[i].name, m, 4, false, &r), ESP_OK);
+    esp_strbuf b;
+    esp_strbuf_init(&b);
+    for (int k = 0; k < r.n; k++) esp_strbuf_add(&b, r.segments[k].text, r.segments[k].len);
+    esp_ids whole = {0};
+    assert_int_equal(esp_tokenizer_encode(t, b.data, b.len, false, &whole), ESP_OK);
+    const int32_t *ids;
+    const float *w;
+    int64_t n;
+    esp_dataset_sample(d, 0, &ids, &w, &n);
+    assert_int_equal(n, whole.n);
+    assert_memory_equal(ids, whole.data, (size_t)n * sizeof *ids);
+    esp_ids_deinit(&whole);
+    esp_strbuf_deinit(&b);
+    esp_rendered_deinit(&r);
+    esp_dataset_destroy(d);
+    esp_tokenizer_destroy(t);
+  }
+  free(text);
+  json_decref(row);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(formats), cmocka_unit_test(conversations), cmocka_unit_test(labels),
-      cmocka_unit_test(errors),  cmocka_unit_test(overlong),      cmocka_unit_test(packing),
-      cmocka_unit_test(shares),  cmocka_unit_test(cache),         cmocka_unit_test(threads)};
+      cmocka_unit_test(formats),  cmocka_unit_test(conversations), cmocka_unit_test(labels), cmocka_unit_test(errors),
+      cmocka_unit_test(overlong), cmocka_unit_test(packing),       cmocka_unit_test(shares), cmocka_unit_test(cache),
+      cmocka_unit_test(threads),  cmocka_unit_test(as_a_whole)};
   return cmocka_run_group_tests_name("text dataset", tests, setup, teardown);
 }
