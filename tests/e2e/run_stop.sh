@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Signals through the program: SIGTERM and SIGUSR1 finish the step, write a complete checkpoint and end with code 6; the
-# resumed run has the bytes of the undisturbed one. Exit codes of refusals.
+# resumed run has the bytes of the undisturbed one. Exit codes of refusals and of a run that diverges.
 # Mutation seen caught: `interrupted` returning without its checkpoint (loop.c): resume starts too early or differs.
 . "$(dirname "$0")/../script.sh"
 "$MAKE_TINY" "$work"
@@ -32,6 +32,13 @@ expect 2 "already holds a run" run recipe.yaml --output "$work/straight"
 expect 2 "lora_rnak" run recipe.yaml adapter.lora_rnak=4 --output "$work/x"
 expect 3 "nothing.jsonl" run recipe.yaml tasks[0].data[0].path=nothing.jsonl --output "$work/x"
 expect 4 "memory.limit" run recipe.yaml memory.limit=100KiB --output "$work/x"
+expect 7 "log.watchdog" run recipe.yaml 'log.watchdog={loss_above: 0.01, patience: 2}' --output "$work/above"
+wild=(optim.lr=100 optim.max_grad_norm=off optim.weight_decay=10 adapter.alpha=1e6 model.dtype=fp32)
+expect 7 "not a number" run recipe.yaml "${wild[@]}" checkpoint.every=1 --output "$work/wild"
+# the last checkpoint was made before the step that failed: its values are finite and a resume fails at the same step
+first=$(cat err.txt)
+expect 7 "not a number" resume "$work/wild"
+[ "$(cat err.txt)" = "$first" ] || fail "resumed into another failure: $(cat err.txt)"
 expect 3 "no run" resume "$work/x"
 [ ! -e "$work/x" ] || fail "a refused run left $work/x behind"
 echo "signals and refusals: as they should be"
