@@ -5,7 +5,7 @@
 
 #include "text/data_priv.h"
 
-#define VERSION 1 /* raise with any change of what a row becomes */
+#define VERSION 2 /* raise with any change of what a row becomes */
 
 typedef struct cache_head {
   char magic[8];

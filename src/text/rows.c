@@ -89,7 +89,7 @@ static esp_status text_row(const esp_source_ctx *c, const json_t *j, const char 
   const char *text = NULL;
   ESP_TRY(text_of(j, "text", where, true, &text));
   r->bos = c->cfg->add_bos;
-  r->answer = text;
+  r->answer = ""; /* there is no question; a copy of every text would only cost memory */
   r->turns = 1;
   r->terminated = c->eos_mode > 0;
   ESP_TRY(add_run(r, text, strlen(text), true, false, false));
