@@ -490,9 +490,7 @@ static void as_a_whole(void **state) {
   } cases[] = {{"qwen2", "builtin:chatml", "chatml"},
                {"llama-spm", "builtin:mistral", "mistral"},
                {"gpt2", "builtin:alpaca", "alpaca"}};
-  static const char *const says[] = {"What is  2+2?\n", "It's 4.",
-                                     "Et en fran\xC3\xA7"
-                                     "ais\xE2\x80\xA6 ?",
+  static const char *const says[] = {"What is  2+2?\n", "It's 4.", "Et en fran\303\247ais\342\200\246 ?",
                                      "Quatre\n\n\xF0\x9F\x99\x82"};
   if (!esp_dir_exists(ESP_SHARED_DIR "/data/tokenizers")) {
     print_message("skipped: the shared tokenizers are absent\n");
