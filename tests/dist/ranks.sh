@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The communicator's suite, and a run, under mpirun with 2 and 4 ranks. A run on more ranks with as many rows per step is
 # the run on one rank, to rounding; the same number of ranks gives the same bytes; resume is exact.
-# Mutation seen caught: loss normalised by the rank's own weight instead of the step's (step.c): losses differ.
+# Mutation seen caught: gradients scaled as if a rank's share were the whole step (step.c): losses differ.
 . "$(dirname "$0")/../script.sh"
 command -v mpirun > /dev/null || skip "no mpirun"
 [ -n "${DIST_SUITE:-}" ] || skip "built without MPI"

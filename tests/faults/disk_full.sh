@@ -14,7 +14,7 @@ opts=(train.epochs=3 checkpoint.keep=1)
 code=0
 "$ESPALIER" run recipe.yaml "${opts[@]}" --quiet --stop-after 4 --output "$work/disk/run" 2> err.txt || code=$?
 [ $code = 6 ] || { cat err.txt >&2; fail "exit code $code, not 6"; }
-kept=$(ls "$work/disk/run/checkpoints")
+kept=$(ls -A "$work/disk/run/checkpoints")
 free=$(df --output=avail -k "$work/disk" | tail -1)
 dd if=/dev/zero of="$work/disk/filler" bs=1k count=$((free - 40)) 2> /dev/null
 code=0
@@ -22,7 +22,7 @@ code=0
 [ $code = 3 ] || { cat err.txt >&2; fail "exit code $code on a full disk, not 3"; }
 [ "$(wc -l < err.txt)" = 1 ] || { cat err.txt >&2; fail "not one line"; }
 grep -qi "no space" err.txt || { cat err.txt >&2; fail "the message does not say why"; }
-[ "$(ls "$work/disk/run/checkpoints")" = "$kept" ] || fail "left behind: $(ls "$work/disk/run/checkpoints")"
+[ "$(ls -A "$work/disk/run/checkpoints")" = "$kept" ] || fail "left behind: $(ls -A "$work/disk/run/checkpoints")"
 rm "$work/disk/filler"
 "$ESPALIER" resume "$work/disk/run" --quiet || fail "resume with room again"
 same_adapters "$work/straight" "$work/disk/run"

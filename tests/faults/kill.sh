@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # kill -9 at random times of a run with frequent checkpoints, then resume, over and over: always resumable, and the final
 # adapters have the bytes of the undisturbed run. KILLS (20) is how often; KILL_SEED repeats a sequence of times.
-# Mutation seen caught: the checkpoint written straight into its folder instead of a staged sibling: a half-written one is
-# then resumed from or refused.
+# Mutations seen caught: the cursor's place in the epoch not restored (adapters differ); the length of metrics.jsonl not
+# kept (steps are missing).
 . "$(dirname "$0")/../script.sh"
 kills=${KILLS:-20}
 RANDOM=${KILL_SEED:-$$}
