@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Signals through the program: SIGTERM and SIGUSR1 finish the step, write a complete checkpoint and end with code 6; the
 # resumed run has the bytes of the undisturbed one. Exit codes of refusals and of a run that diverges.
-# Mutation seen caught: `interrupted` returning without its checkpoint (loop.c): resume starts too early or differs.
+# Mutation seen caught: `interrupted` (loop.c) returning without its checkpoint.
 . "$(dirname "$0")/../script.sh"
 "$MAKE_TINY" "$work"
 cd "$work"
@@ -18,6 +18,9 @@ for signal in TERM USR1; do
   code=0
   wait "$pid" || code=$?
   [ "$code" = 6 ] || { cat err.txt; fail "SIG$signal: exit code $code, not 6"; }
+  newest=$(ls "$work/stopped/checkpoints" | tail -1)
+  steps=$(grep -c '^{"step":' "$work/stopped/metrics.jsonl")
+  [ "${newest#checkpoint-}" = "$(printf %08d "$steps")" ] || fail "SIG$signal after step $steps: the newest checkpoint is $newest"
   "$ESPALIER" resume "$work/stopped" --quiet || fail "resume after SIG$signal"
   same_adapters "$work/straight" "$work/stopped"
 done
