@@ -37,7 +37,7 @@ out:
 }
 
 void esp_merge_close(esp_merge_inputs *in) {
-  if (in->model && in->n_adapters > 0) esp_model_set_hooks(in->model, NULL);
+  if (in->model && in->n_adapters > 0) esp_adapters_activate(in->model, NULL, 0);
   for (int i = 0; i < in->n_adapters; i++) esp_adapter_destroy(in->adapters[i]);
   esp_mem_free(in->adapters);
   if (in->model) esp_model_close(in->model);
