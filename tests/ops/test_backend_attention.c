@@ -13,16 +13,23 @@ typedef struct attn_case {
 } attn_case;
 
 static const attn_case cases[] = {
-    {1, 1, 1, {1}, true, 0, 0, 0},          {2, 1, 8, {5, 1, 9}, true, 0, 0, 3},
-    {3, 3, 7, {17}, false, 0, 0, 0},        {4, 2, 16, {70, 3}, true, 0, 0, 5},
-    {3, 1, 64, {130, 64}, true, 0, 0, 0},   {9, 3, 64, {33, 64, 65}, true, 0, 0, 32},
-    {2, 2, 64, {129}, false, 0, 0, 0},      {2, 1, 32, {150}, true, 1, 0, 0},
-    {2, 1, 64, {200}, true, 70, 0, 0},      {2, 1, 24, {100}, true, 13, 0, 1},
-    {2, 1, 64, {90, 40}, true, 0, 5.0f, 0}, {1, 1, 80, {67}, true, 20, 2.0f, 0},
+    {1, 1, 1, {1}, true, 0, 0, 0},
+    {2, 1, 8, {5, 1, 9}, true, 0, 0, 3},
+    {3, 3, 7, {17}, false, 0, 0, 0},
+    {4, 2, 16, {70, 3}, true, 0, 0, 5},
+    {3, 1, 64, {130, 64}, true, 0, 0, 0},
+    {9, 3, 64, {33, 64, 65}, true, 0, 0, 32},
+    {2, 2, 64, {129}, false, 0, 0, 0},
+    {2, 1, 32, {150}, true, 1, 0, 0},
+    {2, 1, 64, {200}, true, 70, 0, 0},
+    {2, 1, 24, {100}, true, 13, 0, 1},
+    {2, 1, 64, {90, 40}, true, 0, 5.0f, 0},
+    {1, 1, 80, {67}, true, 20, 2.0f, 0},
     {2, 1, 128, {97}, true, 0, 0, 0},
-    {2, 1, 32, {1100}, true, 0, 0, 0}, /* several runs of queries */
+    {1, 1, 32, {1030}, true, 0, 0, 0}, /* several runs of queries */
     {1, 1, 32, {600}, true, 100, 0, 0},
-    {1, 1, 32, {530}, false, 0, 0, 0},       {1, 1, 33, {66, 1, 1}, false, 0, 3.0f, 0},
+    {1, 1, 32, {530}, false, 0, 0, 0},
+    {1, 1, 33, {66, 1, 1}, false, 0, 3.0f, 0},
 };
 
 typedef struct attn_test {
@@ -33,7 +40,7 @@ typedef struct attn_test {
   float scale;
   buf q, k, v, o, go, dq, dk, dv;
   float *lse;
-  double *out, *out_lse; /* of the reference */
+  double *out, *out_lse, *ref_dq, *ref_dk, *ref_dv; /* of the reference */
 } attn_test;
 
 static double score(const attn_test *t, int64_t i, int64_t j, int h) {
@@ -75,6 +82,45 @@ static double loss(void *ctx) {
   double l = 0;
   for (int64_t i = 0; i < buf_n(&t->o); i++) l += t->out[i] * t->go.v[i];
   return l;
+}
+/* The gradients of `loss`, written out in fp64; the small cases hold this itself to finite differences. */
+static void reference_bwd(attn_test *t) {
+  const attn_case *c = t->c;
+  int64_t w = c->heads * c->d, kw = c->kv_heads * c->d;
+  memset(t->ref_dq, 0, (size_t)(t->tokens * w) * 8);
+  memset(t->ref_dk, 0, (size_t)(t->tokens * kw) * 8);
+  memset(t->ref_dv, 0, (size_t)(t->tokens * kw) * 8);
+  for (int s = 0; s < t->n_seqs; s++)
+    for (int64_t i = t->cu[s]; i < t->cu[s + 1]; i++)
+      for (int h = 0; h < c->heads; h++) {
+        int64_t g = h / (c->heads / c->kv_heads) * c->d, qi = i * w + h * c->d;
+        int64_t lo = t->cu[s], hi = c->causal ? i + 1 : t->cu[s + 1];
+        if (c->window > 0 && i - c->window + 1 > lo) lo = i - c->window + 1;
+        double delta = 0;
+        for (int e = 0; e < c->d; e++) delta += t->out[qi + e] * t->go.v[qi + e];
+        for (int64_t j = lo; j < hi; j++) {
+          double sc = score(t, i, j, h), p = exp(sc - t->out_lse[h * t->tokens + i]), dp = 0;
+          for (int e = 0; e < c->d; e++) dp += t->go.v[qi + e] * t->v.v[j * kw + g + e];
+          double ds = p * (dp - delta) * t->scale;
+          if (c->softcap > 0) ds *= 1 - sc / c->softcap * (sc / c->softcap);
+          for (int e = 0; e < c->d; e++) {
+            t->ref_dv[j * kw + g + e] += p * t->go.v[qi + e];
+            t->ref_dk[j * kw + g + e] += ds * t->q.v[qi + e];
+            t->ref_dq[qi + e] += ds * t->k.v[j * kw + g + e];
+          }
+        }
+      }
+}
+static void check_reference(attn_test *t) {
+  struct {
+    buf *x;
+    double *g;
+  } all[] = {{&t->q, t->ref_dq}, {&t->k, t->ref_dk}, {&t->v, t->ref_dv}};
+  for (int b = 0; b < 3; b++)
+    for (int s = 0; s < 12; s++) {
+      int64_t i = check_below(buf_n(all[b].x));
+      check_close("reference gradient", all[b].g[i], check_slope(loss, t, &all[b].x->v[i]), 1e-6, 1);
+    }
 }
 static esp_attn_args args(attn_test *t) {
   return (esp_attn_args){.q = t->q.t,
@@ -122,14 +168,17 @@ static void setup(attn_test *t, const attn_case *c, esp_dtype type) {
   t->dv = buf_new(type, T, kw, c->gap, 1);
   t->lse = malloc((size_t)(T * c->heads) * sizeof *t->lse);
   t->out = malloc((size_t)(T * w) * sizeof *t->out);
+  t->ref_dq = malloc((size_t)(T * w) * sizeof *t->ref_dq);
+  t->ref_dk = malloc((size_t)(T * kw) * sizeof *t->ref_dk);
+  t->ref_dv = malloc((size_t)(T * kw) * sizeof *t->ref_dv);
   t->out_lse = malloc((size_t)(T * c->heads) * sizeof *t->out_lse);
 }
 static void cleanup(attn_test *t) {
   buf *all[] = {&t->q, &t->k, &t->v, &t->o, &t->go, &t->dq, &t->dk, &t->dv};
   for (size_t i = 0; i < 8; i++) buf_free(all[i]);
   free(t->lse);
-  free(t->out);
-  free(t->out_lse);
+  double *refs[] = {t->out, t->out_lse, t->ref_dq, t->ref_dk, t->ref_dv};
+  for (size_t i = 0; i < 5; i++) free(refs[i]);
 }
 
 static void test_attention(void **state) {
@@ -138,20 +187,21 @@ static void test_attention(void **state) {
       attn_test t;
       esp_cpu_isa_set(ESP_ISA_PLAIN);
       setup(&t, &cases[i], type);
+      reference(&t);
+      reference_bwd(&t);
+      if (t.tokens < 40) check_reference(&t);
+      reference(&t); /* the differences moved its output */
       EACH_ISA {
-        bool tiles = type == ESP_BF16 && isa == ESP_ISA_AMX; /* P and dS are rounded to bf16 there */
-        reference(&t);
         out_ref fwd[] = {{t.o.t.data, t.o.bytes}, {t.lse, (size_t)(t.tokens * t.c->heads) * 4}};
         check_threads(run_fwd, &t, fwd, 2);
         buf_close("attention", &t.o, t.out, type_tol(type, 2e-6), 1);
         for (int64_t r = 0; r < t.tokens * t.c->heads; r++) check_close("lse", t.lse[r], t.out_lse[r], 2e-6, 1);
         out_ref bwd[] = {{t.dq.t.data, t.dq.bytes}, {t.dk.t.data, t.dk.bytes}, {t.dv.t.data, t.dv.bytes}};
         check_threads(run_bwd, &t, bwd, 3);
-        double tol = tiles ? 0.02 : type_tol(type, 2e-5), floor_ = 1;
-        int samples = t.tokens > 64 ? 3 : 8;
-        check_grad("dq", loss, &t, &t.q, &t.dq, samples, tol, floor_);
-        check_grad("dk", loss, &t, &t.k, &t.dk, samples, tol, floor_);
-        check_grad("dv", loss, &t, &t.v, &t.dv, samples, tol, floor_);
+        double tol = type_tol(type, 1e-5) * (type == ESP_BF16 ? 3 : 1); /* delta comes from the rounded output */
+        buf_close("dq", &t.dq, t.ref_dq, tol, 1);
+        buf_close("dk", &t.dk, t.ref_dk, tol, 1);
+        buf_close("dv", &t.dv, t.ref_dv, tol, 1);
       }
       cleanup(&t);
     }

@@ -51,7 +51,7 @@ static void run_trace(const esp_optim_cfg *cfg, esp_dtype shadow) {
   esp_optim *o;
   MUST(esp_params_create(be, &ps));
   for (int i = 0; i < N; i++) {
-    char name[8];
+    char name[16];
     snprintf(name, sizeof name, "p%d", i);
     assert_int_equal(esp_params_add(ps, name, 2, shapes[i], true), i);
   }
