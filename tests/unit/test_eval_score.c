@@ -39,7 +39,7 @@ static int setup(void **state) {
   if (!mkdtemp(root) || tiny_make(root) != ESP_OK) return -1;
   esp_strbuf b;
   esp_strbuf_init(&b);
-  static const char *const labels[] = {"red", "green", "blue"};
+  static const char *const labels[] = {"red", "tan", "sky"};
   for (int i = 0; i < 30; i++)
     esp_strbuf_printf(&b, "{\"text\": \"thing %d\", \"label\": \"%s\"}\n", i * 37 % 100, labels[i * 7 / 3 % 3]);
   if (tiny_write(root, "class.jsonl", b.data) != ESP_OK) return -1;
