@@ -115,6 +115,24 @@ static void other_question(const scene *s, char *out, size_t n) {
   }
 }
 
+/* What words mean, said plainly. */
+static size_t definitions(char *out, size_t n) {
+  size_t at = 0;
+  for (int k = 2 + pick(4); k > 0; k--) {
+    int kind = pick(3), good = pick(2);
+    const word *w = kind == 0   ? &animals[pick(COUNT(animals))]
+                    : kind == 1 ? &persons[pick(COUNT(persons))]
+                                : &things[pick(COUNT(things))];
+    const char *adj = good ? pleasant[pick(COUNT(pleasant))] : unpleasant[pick(COUNT(unpleasant))];
+    if (pick(2))
+      at += (size_t)snprintf(out + at, n - at, "%sA %s is %s %s.", at ? " " : "", w->one, kind == 0 ? "an" : "a",
+                             kinds[kind]);
+    else
+      at += (size_t)snprintf(out + at, n - at, "%sWhat is %s is %s.", at ? " " : "", adj, good ? "good" : "bad");
+  }
+  return at;
+}
+
 static const char *const task_name[] = {"mood", "animal", "number", "time"};
 static const char *const question[] = {"Is it good?", "Is it an animal?", "Is it more than one?", "Is it past?"};
 
@@ -147,7 +165,8 @@ static void corpus(const char *dir, int documents, esp_strbuf *text) {
   for (int i = 0; i < documents; i++) {
     char doc[2048];
     size_t at = 0;
-    int question_only = pick(3) == 0, scenes = question_only ? 1 : 1 + pick(4);
+    int sort = pick(4), question_only = sort == 0, scenes = sort == 1 ? 0 : question_only ? 1 : 1 + pick(3);
+    if (sort == 1) at = definitions(doc, sizeof doc);
     for (int k = 0; k < scenes; k++) {
       scene s;
       scene_make(&s);
