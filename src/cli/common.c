@@ -10,7 +10,10 @@
 
 int cli_fail(esp_status st) {
   const char *message = esp_error_message();
+  const char *rank = getenv("OMPI_COMM_WORLD_RANK");
+  if (!rank) rank = getenv("PMI_RANK");
   fflush(stdout);
+  if (rank && strcmp(rank, "0") != 0) fprintf(stderr, "rank %s: ", rank);
   fprintf(stderr, "%s\n", *message ? message : "espalier: failed without a message");
   return (int)st;
 }

@@ -294,7 +294,7 @@ static const esp_key checkpoint_keys[] = {
     {"keep", ESP_T_INT32, AT(checkpoint.keep), .def = "3", .flags = ESP_K_NOHASH, RANGE(1, 1000000),
      .aliases = "save_total_limit", .help = "newest checkpoints kept"},
     {"keep_best", ESP_T_KEEP_BEST, AT(checkpoint.keep_best_metric), .flags = ESP_K_NOHASH,
-     .help = "{metric: loss or an evaluation set, mode: min or max}: this checkpoint is kept too"},
+     .help = "{metric: loss or an evaluation set, mode: min or max}: the best adapter so far is kept in best/adapter"},
 };
 SECTION_OBJECT(log, "What is written while it runs.");
 SECTION_OBJECT(checkpoint, "Where the run lives and what is kept of it.");
