@@ -31,7 +31,7 @@ static void make_lora(const esp_adapter_cfg *cfg, float *logits) {
   OK(esp_adapter_save(a, lora));
   OK(esp_adapters_activate(r.m, &a, 1));
   if (logits) fx_logits(&r, &f.b, logits);
-  esp_model_set_hooks(r.m, NULL);
+  OK(esp_adapters_activate(r.m, NULL, 0));
   esp_adapter_destroy(a);
   fx_close(&r);
 }
@@ -47,7 +47,7 @@ static void logits_of(const char *dir, const char *adapter, float *out) {
     OK(esp_adapters_activate(r.m, &a, 1));
   }
   fx_logits(&r, &f.b, out);
-  esp_model_set_hooks(r.m, NULL);
+  OK(esp_adapters_activate(r.m, NULL, 0));
   esp_adapter_destroy(a);
   fx_close(&r);
 }
