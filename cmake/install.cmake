@@ -1,4 +1,6 @@
 # cmake --install: program, libraries, headers, pkg-config, man page, bash completion.
+file(RELATIVE_PATH ESP_PC_UP "/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/") # the installed tree can be moved
+string(REGEX REPLACE "/$" "" ESP_PC_UP "${ESP_PC_UP}")
 configure_file(packaging/espalier.pc.in ${CMAKE_BINARY_DIR}/espalier.pc @ONLY)
 install(TARGETS espalier espalier_static LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(DIRECTORY include/espalier DESTINATION include FILES_MATCHING PATTERN "*.h")
