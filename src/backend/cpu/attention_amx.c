@@ -10,7 +10,6 @@
 #include "backend/cpu/attention_amx.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>

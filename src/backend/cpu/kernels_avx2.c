@@ -1,7 +1,6 @@
 /* kernels_avx2.c: the vector kernels for AVX2 with FMA; the plain ones where the architecture has no such thing. */
 #define ESP_K_TABLE esp_kernels_avx2
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 #define ESP_K_AVX2
 #endif
 #include "backend/cpu/kernels.inc.h"
