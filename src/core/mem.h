@@ -38,6 +38,8 @@ void esp_mem_stats_get(esp_mem_stats *out);
 void esp_mem_stats_reset_peak(void);
 /* For memory obtained elsewhere but owned by us, and for the counting backend (adds to the same books). */
 void esp_mem_account(esp_mem_kind kind, int64_t delta_bytes);
+/* Gives pages of freed small blocks back to the system: for the end of a phase that made and freed many. */
+void esp_mem_trim(void);
 
 /* Reads /proc/self/status: peak resident set in bytes, 0 where unknown. */
 int64_t esp_mem_rss_peak(void);

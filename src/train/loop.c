@@ -305,6 +305,7 @@ static esp_status run(esp_loop *l, bool resume) {
     return ESP_OK;
   }
   esp_loop_phase(l, "load");
+  esp_mem_trim();             /* what reading text and tokenizer left free */
   esp_mem_stats_reset_peak(); /* the plan's books are closed: from here the peak is the run's own */
   ESP_TRY(esp_comm_agree(l->comm, esp_engine_init(&l->engine, l->r, l->comm, "cpu")));
   ESP_TRY(begin_task(l, (int)at->task, true));
