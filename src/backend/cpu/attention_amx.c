@@ -387,8 +387,6 @@ void esp_amx_attn_bwd(const esp_attn_part *p) {
   for (int i = 0; i < BQ; i++) one[i] = 1;
 
   configure();
-  memset(p->dk, 0, (size_t)(len * d) * 4);
-  memset(p->dv, 0, (size_t)(len * d) * 4);
   for (int64_t first = 0; first < len; first += ESP_AMX_RUN) {
     int64_t last = first + ESP_AMX_RUN < len ? first + ESP_AMX_RUN : len;
     prepare_queries(p, &r, first, (last - first + BQ - 1) / BQ);
@@ -401,8 +399,10 @@ void esp_amx_attn_bwd(const esp_attn_part *p) {
       if (a->causal && k0 > begin) begin = k0;
       if (a->window > 0 && k0 + nk - 1 + a->window < stop) stop = k0 + nk - 1 + a->window;
       memset(dk, 0, (size_t)(2 * BK * d) * 4);
-      memcpy(dk, p->dk + k0 * d, (size_t)(nk * d) * 4);
-      memcpy(dv, p->dv + k0 * d, (size_t)(nk * d) * 4);
+      if (k0 < first || (!a->causal && first > 0)) { /* an earlier run met these keys */
+        memcpy(dk, p->dk + k0 * d, (size_t)(nk * d) * 4);
+        memcpy(dv, p->dv + k0 * d, (size_t)(nk * d) * 4);
+      }
       for (int64_t q0 = begin; q0 < stop; q0 += BQ) {
         int64_t b = (q0 - first) / BQ;
         for (int h = 0; h < halves; h++) { /* 32 keys at a time: what passes between the phases stays in L1 */
