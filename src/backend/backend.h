@@ -97,7 +97,8 @@ typedef struct esp_rope_args {
 } esp_rope_args;
 
 /* Softmax cross-entropy over rows of fp32 logits [n, V]. Adds sum_t weight_t * (lse_t - logit_t[target_t]) to
- * *loss_sum and writes d = scale * weight * (softmax - onehot) in the type of `d` (d.data NULL: evaluation only).
+ * *loss_sum and writes d = scale * weight * (softmax - onehot) in the type of `d` (d.data NULL: evaluation only;
+ * a row of d may begin where its row of logits begins, which it then overwrites).
  * logprob (optional, [n]): log p(target). argmax (optional, [n]). softcap as in attention, applied to the logits. */
 typedef struct esp_ce_args {
   esp_tensor logits, d;

@@ -57,11 +57,10 @@ typedef enum esp_work_id {
   ESP_W_QK0,    /* QK-norm: three contiguous [q | k] buffers */
   ESP_W_QK1,
   ESP_W_QK2,
-  ESP_W_LOGITS, /* fp32 [chunk, vocab] */
-  ESP_W_DLOGITS,
-  ESP_W_STAT,  /* rstd and mean of the final norm */
-  ESP_W_IDS,   /* ids, positions, rows, targets, weights, argmax, logprob: [tokens] of 4 bytes each */
-  ESP_W_TOTAL, /* the loss sum, one double */
+  ESP_W_LOGITS, /* fp32 [chunk, vocab], then their gradients */
+  ESP_W_STAT,   /* rstd and mean of the final norm */
+  ESP_W_IDS,    /* ids, positions, rows, targets, weights, argmax, logprob: [tokens] of 4 bytes each */
+  ESP_W_TOTAL,  /* the loss sum, one double */
   ESP_W_COUNT
 } esp_work_id;
 typedef struct esp_work {
@@ -138,6 +137,7 @@ esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, bool
 void esp_work_release(esp_model *m);
 esp_tensor esp_work_tensor(const esp_model *m, esp_work_id id, int64_t rows, int64_t cols);
 int64_t esp_head_chunk(const esp_model *m, int64_t rows); /* rows of logits that exist at a time */
+int64_t esp_logits_stride(const esp_model *m);            /* elements from one row of logits to the next */
 int32_t *esp_work_ints(const esp_model *m, int which);
 enum { ESP_INTS_IDS, ESP_INTS_POS, ESP_INTS_ROWS, ESP_INTS_TARGETS, ESP_INTS_WEIGHTS, ESP_INTS_ARGMAX, ESP_INTS_LOGP };
 #define ESP_INTS_COUNT 7

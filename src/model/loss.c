@@ -11,6 +11,16 @@ static int64_t chunk_draw(int64_t draw, int64_t chunk) {
   return draw + (chunk << 40);
 }
 
+/* [n, vocab] in the logits' buffer. Rows are apart by whole cache lines, one more than the vocabulary takes: rows that
+ * are a multiple of 4096 bytes apart, as most vocabularies would have them, share their cache sets, and a tile of 16 of
+ * them no longer fits the first level. Each row of gradients lies at the start of its row of logits. */
+static esp_tensor padded(const esp_model *m, int64_t n, esp_dtype t) {
+  esp_tensor x = esp_work_tensor(m, ESP_W_LOGITS, n, m->d.vocab);
+  x.dtype = t;
+  x.ld = esp_logits_stride(m) * 4 / (int64_t)esp_dtype_size(t);
+  return x;
+}
+
 typedef struct labelled { /* host copies of the rows that count */
   int32_t *rows, *targets;
   float *weights;
@@ -56,7 +66,7 @@ esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, esp
   esp_run *run = &p->run;
   esp_model *m = run->model;
   esp_backend *be = run->be;
-  int64_t hidden = m->d.hidden, vocab = m->d.vocab, draw = run->draw;
+  int64_t hidden = m->d.hidden, draw = run->draw;
   esp_tensor none = {0};
   labelled l = {0};
   *out = (esp_loss_out){0};
@@ -84,8 +94,8 @@ esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, esp
   for (int64_t at = 0; at < l.n; at += chunk, c++) {
     int64_t n = l.n - at < chunk ? l.n - at : chunk;
     int64_t mark = esp_stack_mark(run->stack);
-    esp_tensor xc = esp_tensor_rows_view(&x, at, n), logits = esp_work_tensor(m, ESP_W_LOGITS, n, vocab);
-    esp_tensor dlogits = esp_work_tensor(m, ESP_W_DLOGITS, n, vocab);
+    esp_tensor xc = esp_tensor_rows_view(&x, at, n), logits = padded(m, n, ESP_F32);
+    esp_tensor dlogits = padded(m, n, run->compute); /* over the logits, row by row */
     run->draw = chunk_draw(draw, c);
     esp_group_forward(run, m->head, xc, logits, false);
     esp_ce_args ce = {.logits = logits,

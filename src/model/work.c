@@ -3,12 +3,16 @@
  * backend asks for the same bytes. */
 #include "model/internal.h"
 
-/* Rows of fp32 logits that exist at a time: enough to keep the product efficient, about 32 MB. */
+/* Rows of fp32 logits that exist at a time, about 50 MB: the head's weight is read once per chunk, forward and back. */
 int64_t esp_head_chunk(const esp_model *m, int64_t rows) {
-  int64_t c = (INT64_C(8) << 20) / m->d.vocab / 32 * 32;
+  int64_t c = (INT64_C(12) << 20) / m->d.vocab / 32 * 32;
   if (c < 64) c = 64;
   if (c > 1024) c = 1024;
   return rows < c ? rows : c;
+}
+
+int64_t esp_logits_stride(const esp_model *m) {
+  return (m->d.vocab + 31) / 16 * 16;
 }
 
 static int64_t max3(int64_t a, int64_t b, int64_t c) {
@@ -31,8 +35,7 @@ esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, bool
       [ESP_W_QK0] = qk ? tokens * (q + kv) * size : 0,
       [ESP_W_QK1] = qk ? tokens * (q + kv) * size : 0,
       [ESP_W_QK2] = qk && train ? tokens * (q + kv) * size : 0,
-      [ESP_W_LOGITS] = chunk * d->vocab * 4,
-      [ESP_W_DLOGITS] = train ? chunk * d->vocab * size : 0,
+      [ESP_W_LOGITS] = chunk * esp_logits_stride(m) * 4,
       [ESP_W_STAT] = 2 * tokens * 4,
       [ESP_W_IDS] = ESP_INTS_COUNT * tokens * 4,
       [ESP_W_TOTAL] = 8,
