@@ -1,5 +1,6 @@
 /* embed.c: token embedding (and learned positions), forward beside backward. The table of a frozen base is the mapped
- * file itself on a backend that reads host memory: only the touched rows ever become resident. */
+ * file itself on a backend that reads host memory: only the touched rows ever become resident, and
+ * the pages around them, which the system maps along, are let go before the activations grow. */
 #include "model/internal.h"
 
 static esp_tensor table(const esp_model *m, const esp_site *s) {
@@ -14,7 +15,10 @@ static void one(esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, flo
   esp_model *m = run->model;
   void **slot = &m->slots[m->n_groups + s->index];
   *slot = NULL;
-  run->be->ops->embed(run->be, y, table(m, s), ids, scale);
+  esp_tensor w = table(m, s);
+  run->be->ops->embed(run->be, y, w, ids, scale);
+  const esp_st_entry *e = m->ss[s->index].weight;
+  if (run->train && e && w.data == e->data && !esp_backend_counts(run->be)) esp_st_drop(e);
   if (m->hooks && m->hooks->embed) m->hooks->embed(m->hooks->ctx, run, s, ids, y, slot);
 }
 
