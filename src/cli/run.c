@@ -31,7 +31,7 @@ static void result_json(const esp_run_result *r, esp_status st) {
   puts("}");
 }
 
-void cli_print_result(const cli_args *a, esp_status st, const esp_run_result *r) {
+void cli_print_result(const cli_args *a, esp_status st, const esp_run_result *r, const char *run_dir) {
   char seconds[24], rate[24], memory[24], trainable[24];
   if (a->json) {
     result_json(r, st);
@@ -45,16 +45,9 @@ void cli_print_result(const cli_args *a, esp_status st, const esp_run_result *r)
          r->parameters ? 100.0 * (double)r->trainable / (double)r->parameters : 0,
          cli_bytes((double)r->memory_peak, memory, sizeof memory));
   if (!r->has_matrix || st != ESP_OK) return;
-  const char *const names[] = {"ACC", "BWT", "FWT", "forgetting", "min-ACC"};
-  const double values[] = {r->acc, r->bwt, r->fwt, r->forgetting, r->min_acc};
-  for (int i = 0; i < 5; i++) {
-    printf("%s%s ", i ? "  " : "", names[i]);
-    if (values[i] == values[i]) /* else it has no value: a task without a column, or no row 0 */
-      printf("%.4f", values[i]);
-    else
-      putchar('-');
-  }
-  putchar('\n');
+  char *text = NULL;
+  if (esp_run_matrix(run_dir, 0, &text) == ESP_OK) fputs(text, stdout);
+  esp_free(text);
 }
 
 int cli_train(cli_args *a, esp_job *job, bool resume) {
@@ -72,7 +65,8 @@ int cli_train(cli_args *a, esp_job *job, bool resume) {
   esp_status st = resume ? esp_job_resume(job, &o, &result) : esp_job_run(job, &o, &result);
   bool first_rank = cli_progress_active(progress);
   cli_progress_destroy(progress);
-  if (first_rank && (st == ESP_OK || st == ESP_ERR_INTERRUPTED)) cli_print_result(a, st, &result);
+  if (first_rank && (st == ESP_OK || st == ESP_ERR_INTERRUPTED))
+    cli_print_result(a, st, &result, esp_job_output_dir(job));
   if (st != ESP_OK) (void)cli_fail(st);
   if (st == ESP_ERR_INTERRUPTED && first_rank && !a->quiet)
     fprintf(stderr, "continue with: espalier resume %s\n", esp_job_output_dir(job));
