@@ -3,7 +3,7 @@
 # nothing is missing. scripts/setup.sh [build|test]
 set -eu
 build="gcc cmake ninja-build pkg-config libjansson-dev libyaml-dev libpcre2-dev libutf8proc-dev libxxhash-dev libopenblas-pthread-dev libopenmpi-dev openmpi-bin"
-tests="libcmocka-dev clang-14 libclang-rt-14-dev clang-format-14 python3"
+tests="g++ libcmocka-dev clang-14 libclang-rt-14-dev clang-format-14 python3"
 want="$build"
 [ "${1:-build}" = test ] && want="$want $tests"
 missing=""
