@@ -35,6 +35,15 @@ static void fill_normal(float *x, int64_t n, float sd, uint64_t seed, uint64_t s
   for (int64_t i = 0; i < n; i++) x[i] = sd * esp_rng_normal(seed, stream, (uint64_t)i);
 }
 
+/* x[i] ~ U(-bound, bound) from draw i, all four draws of a block of the generator taken at once. */
+static void fill_uniform(float *x, int64_t n, float bound, uint64_t seed, uint64_t stream) {
+  uint32_t w[4];
+  for (int64_t i = 0; i < n; i++) {
+    if (i % 4 == 0) esp_rng_block(seed, stream, (uint64_t)i / 4, w);
+    x[i] = bound * (2.0f * ((float)(w[i % 4] >> 8) * 0x1p-24f) - 1.0f);
+  }
+}
+
 static esp_status init_orthogonal(const esp_adapter *a, const esp_site *s, const esp_lora_site *ls, float *A, float *B,
                                   uint64_t stream) {
   int64_t r = ls->r, h = r / 2;
@@ -135,7 +144,7 @@ esp_status esp_lora_init(esp_adapter *a, esp_site *s) {
     ESP_GOTO(init_from_weight(a, s, ls, A, B));
   else {
     float bound = 1.0f / sqrtf((float)s->in);
-    for (int64_t i = 0; i < pa->numel; i++) A[i] = bound * (2.0f * esp_rng_uniform(seed, stream, (uint64_t)i) - 1.0f);
+    fill_uniform(A, pa->numel, bound, seed, stream);
   }
   esp_params_set(a->params, ls->a, A);
   esp_params_set(a->params, ls->b, B);
