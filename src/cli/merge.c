@@ -60,7 +60,7 @@ static int merge(cli_args *a) {
   } else if (!a->quiet) {
     printf("%s: %lld tensors, %lld changed\n", o.out, (long long)r.tensors, (long long)r.changed);
     if (o.verify)
-      printf("verified on %lld samples: largest difference of logits %.3g (relative %.3g), same first choice %.2f%%\n",
+      printf("verified on %lld rows: largest difference of logits %.3g (relative %.3g), same first choice %.2f%%\n",
              (long long)r.rows, r.max_abs, r.max_rel, 100 * r.top1_agreement);
   }
 out:
