@@ -16,7 +16,7 @@ allowed() {
   dist) echo core dist ;;
   tasks) echo core io tasks ;;
   recipe) echo core io backend text model adapters optim recipe ;;
-  train) echo core io backend text model adapters optim dist tasks recipe train eval merge ;;
+  train) echo core io backend text model adapters optim dist tasks recipe train ;;
   eval) echo core io backend text model adapters tasks recipe eval ;;
   merge) echo core io backend model adapters merge ;;
   api) echo core io backend text model adapters optim dist tasks recipe train eval merge api ;;
