@@ -3,6 +3,7 @@
 #define ESP_API_API_H
 
 #include "espalier/espalier.h"
+#include "io/json.h"
 #include "train/train.h"
 
 struct esp_job {
@@ -13,5 +14,7 @@ struct esp_job {
 extern const esp_train_hooks esp_api_hooks;
 /* after.c: the `after` steps of a finished run. Rank 0 only. */
 esp_status esp_api_after(const esp_recipe *r, const esp_run_options *opt);
+/* facts.c: an object of facts as JSON or as lines of key and value; the text is the caller's. */
+esp_status esp_api_facts_text(json_t *facts, int json, char **text);
 
 #endif

@@ -19,7 +19,6 @@
 #include "api/api.h"
 #include "core/cpu.h"
 #include "core/log.h"
-#include "core/strbuf.h"
 #include "core/threads.h"
 #include "io/json.h"
 
@@ -121,28 +120,11 @@ static void libraries_into(json_t *j) {
 #endif
 }
 
-static void text_of(esp_strbuf *b, json_t *j) {
-  const char *key;
-  json_t *v;
-  json_object_foreach(j, key, v) {
-    if (json_is_real(v))
-      esp_strbuf_printf(b, "%-26s %.1f\n", key, json_real_value(v));
-    else if (json_is_integer(v))
-      esp_strbuf_printf(b, "%-26s %lld\n", key, (long long)json_integer_value(v));
-    else if (json_is_boolean(v))
-      esp_strbuf_printf(b, "%-26s %s\n", key, json_is_true(v) ? "yes" : "no");
-    else
-      esp_strbuf_printf(b, "%-26s %s\n", key, json_string_value(v));
-  }
-}
-
 esp_status esp_doctor(int calibrate, int json, char **text) {
   esp_status st = ESP_OK;
   struct utsname os = {0};
   const char *forced = NULL;
-  esp_strbuf b;
   *text = NULL;
-  esp_strbuf_init(&b);
   uname(&os);
   json_t *j = json_object();
   json_object_set_new(j, "espalier", json_string(esp_version()));
@@ -160,18 +142,8 @@ esp_status esp_doctor(int calibrate, int json, char **text) {
   json_object_set_new(j, "memory_mbytes", json_integer((json_int_t)(esp_memory_limit(&machine) >> 20)));
   libraries_into(j);
   if (calibrate) ESP_GOTO(calibrate_into(j));
-  if (json) {
-    char *dump = json_dumps(j, JSON_INDENT(2));
-    esp_strbuf_puts(&b, dump ? dump : "");
-    esp_strbuf_putc(&b, '\n');
-    free(dump);
-  } else {
-    text_of(&b, j);
-  }
-  *text = esp_strbuf_take(&b);
-  if (!*text) st = ESP_ERR_MEMORY;
+  st = esp_api_facts_text(j, json, text);
 out:
   json_decref(j);
-  esp_strbuf_deinit(&b);
   return st;
 }

@@ -4,13 +4,10 @@
 #include <sys/stat.h>
 
 #include "api/api.h"
-#include "core/strbuf.h"
 #include "io/file.h"
 #include "io/json.h"
 #include "io/safetensors.h"
 #include "train/checkpoint.h"
-
-#define MANY 40 /* tensors listed in text; all of them in JSON */
 
 static bool has(const char *dir, const char *name) {
   char path[ESP_PATH];
@@ -107,57 +104,9 @@ static esp_status about_run(json_t *j, const char *dir) {
   return ESP_OK;
 }
 
-/* ---- text ---- */
-
-static void print_value(esp_strbuf *b, json_t *v) {
-  if (json_is_string(v)) {
-    esp_strbuf_puts(b, json_string_value(v));
-    return;
-  }
-  char *text = json_dumps(v, JSON_COMPACT | JSON_ENCODE_ANY);
-  esp_strbuf_puts(b, text ? text : "");
-  free(text);
-}
-
-static void print_text(esp_strbuf *b, json_t *j) {
-  const char *key;
-  json_t *v;
-  json_object_foreach(j, key, v) {
-    if (!strcmp(key, "list")) continue;
-    if (json_is_object(v)) {
-      const char *inner;
-      json_t *w;
-      esp_strbuf_printf(b, "%s\n", key);
-      json_object_foreach(v, inner, w) {
-        if (json_is_null(w)) continue;
-        esp_strbuf_printf(b, "  %-22s ", inner);
-        print_value(b, w);
-        esp_strbuf_putc(b, '\n');
-      }
-      continue;
-    }
-    esp_strbuf_printf(b, "%-24s ", key);
-    print_value(b, v);
-    esp_strbuf_putc(b, '\n');
-  }
-  json_t *list = json_object_get(j, "list");
-  for (size_t i = 0; i < json_array_size(list); i++) {
-    json_t *t = json_array_get(list, i);
-    if (i == MANY) {
-      esp_strbuf_printf(b, "  ... and %zu more (--json lists all)\n", json_array_size(list) - MANY);
-      break;
-    }
-    esp_strbuf_printf(b, "  %-5s ", json_string_value(json_object_get(t, "dtype")));
-    print_value(b, json_object_get(t, "shape"));
-    esp_strbuf_printf(b, " %s\n", json_string_value(json_object_get(t, "name")));
-  }
-}
-
 esp_status esp_inspect(const char *path, int json, char **text) {
   esp_status st = ESP_OK;
-  esp_strbuf b;
   *text = NULL;
-  esp_strbuf_init(&b);
   json_t *j = json_object();
   json_object_set_new(j, "path", json_string(path));
   if (!esp_dir_exists(path)) {
@@ -175,18 +124,8 @@ esp_status esp_inspect(const char *path, int json, char **text) {
   } else {
     ESP_GOTO(esp_fail(ESP_ERR_DATA, "%s: is neither a model, an adapter, a checkpoint nor a run", path));
   }
-  if (json) {
-    char *dump = json_dumps(j, JSON_INDENT(2));
-    esp_strbuf_puts(&b, dump ? dump : "");
-    esp_strbuf_putc(&b, '\n');
-    free(dump);
-  } else {
-    print_text(&b, j);
-  }
-  *text = esp_strbuf_take(&b);
-  if (!*text) st = ESP_ERR_MEMORY;
+  st = esp_api_facts_text(j, json, text);
 out:
   json_decref(j);
-  esp_strbuf_deinit(&b);
   return st;
 }
