@@ -1,5 +1,5 @@
 /* backend.h: the op table, the first of the five narrow waists. Everything above it (model, adapters, optimizers,
- * trainer) is written once over these operations; cpu/, count/ and later cuda/ implement them.
+ * trainer) is written once over these operations; cpu/, count/ and cuda/ (a plug-in loaded at run time) implement them.
  *
  * Conventions
  *  - Tensors are views (core/tensor.h); data pointers belong to the backend that allocated them. Activations are
@@ -9,7 +9,9 @@
  *  - Operations return nothing. A failure is sticky: later operations do nothing and esp_backend_sync returns it.
  *  - Shape errors are bugs of the caller: asserted in debug builds.
  *  - `count` computes nothing: it adds bytes, floating-point operations and launches to `stats`.
- *  - Results do not depend on the thread count.
+ *  - Results do not depend on the thread count, and two runs give the same bits.
+ *  - Work may be asynchronous: host memory given to upload may be reused at once, a download has arrived when it
+ *    returns, everything else is finished after esp_backend_sync.
  */
 #ifndef ESP_BACKEND_H
 #define ESP_BACKEND_H
@@ -41,8 +43,8 @@ typedef struct esp_tail {
 
 typedef struct esp_attn_args {
   esp_tensor q, k, v, o;     /* [T, heads*head_dim], [T, kv_heads*head_dim] x2, [T, heads*head_dim]; views allowed */
-  float *lse;                /* [heads, T] log-sum-exp; written by forward, read by backward; NULL: not wanted */
-  const int32_t *cu_seqlens; /* HOST pointer, [n_seqs+1], cu_seqlens[n_seqs] == T */
+  float *lse;                /* heads*T log-sum-exps in the backend's own order; written by forward, read by backward */
+  const int32_t *cu_seqlens; /* HOST pointer, [n_seqs+1], cu_seqlens[n_seqs] == T; the one given to attn_begin */
   int n_seqs;
   int heads, kv_heads, head_dim;
   float scale;   /* 1/sqrt(head_dim) unless the model says otherwise */
@@ -56,7 +58,7 @@ typedef struct esp_attn_args {
 typedef struct esp_decode_args {
   esp_tensor q, o;             /* [B, heads*head_dim] */
   esp_tensor k_cache, v_cache; /* [B*max_len, kv_heads*head_dim]: sequence b owns rows b*max_len.. */
-  const int32_t *lens;         /* HOST pointer [B]: number of cached keys, the current one included */
+  const int32_t *positions;    /* backend memory [B]: position of the new token; it sees positions[b]+1 cached keys */
   int64_t max_len;
   int heads, kv_heads, head_dim;
   float scale, softcap;
@@ -97,17 +99,16 @@ typedef struct esp_rope_args {
 } esp_rope_args;
 
 /* Softmax cross-entropy over rows of fp32 logits [n, V]. Adds sum_t weight_t * (lse_t - logit_t[target_t]) to
- * *loss_sum and writes d = scale * weight * (softmax - onehot) in the type of `d` (d.data NULL: evaluation only;
+ * sums[0] and the number of rows whose largest logit (the first of equals) is the target to sums[1], and writes d = scale * weight * (softmax - onehot) in the type of `d` (d.data NULL: evaluation only;
  * a row of d may begin where its row of logits begins, which it then overwrites).
- * logprob (optional, [n]): log p(target). argmax (optional, [n]). softcap as in attention, applied to the logits. */
+ * logprob (optional, [n]): log p(target). softcap as in attention, applied to the logits. */
 typedef struct esp_ce_args {
   esp_tensor logits, d;
   const int32_t *targets; /* backend memory [n]; all valid */
   const float *weights;   /* backend memory [n] */
   float scale, softcap;
-  double *loss_sum; /* backend memory, one element */
+  double *sums; /* backend memory, [2] */
   float *logprob;
-  int32_t *argmax;
 } esp_ce_args;
 
 /* One optimizer's elementwise update over a run of parameters; the mathematics of each rule is in optim_rules.h,
@@ -140,12 +141,29 @@ typedef struct esp_backend_ops {
   void (*zero)(esp_backend *be, void *dst, int64_t bytes);
   esp_status (*sync)(esp_backend *be);
   void (*destroy)(esp_backend *be);
+  /* Host memory that copies run from and to at full speed beside the computation (page-locked on a device). */
+  void *(*host_alloc)(esp_backend *be, int64_t bytes); /* NULL, error set */
+  void (*host_free)(esp_backend *be, void *ptr);
+  void (*download_later)(esp_backend *be, void *host, const void *src, int64_t bytes); /* arrived after sync */
+  /* Copies of frozen weights beside the computation, on one of two channels. stage: dst <- host (host_alloc memory),
+   * begun when everything issued so far is done; stage_wait: what is issued from here on waits for the channel. */
+  void (*stage)(esp_backend *be, int channel, void *dst, const void *host, int64_t bytes);
+  void (*stage_wait)(esp_backend *be, int channel);
+  /* A piece of a pass that is the same operations on the same addresses whenever `key` is the same; values that differ
+   * lie in backend memory. begin answers true when it has replayed what was recorded: the caller then issues nothing.
+   * Both NULL: never. Use esp_backend_piece_begin/_end. */
+  bool (*piece_begin)(esp_backend *be, uint64_t key);
+  void (*piece_end)(esp_backend *be);
 
   /* matmul. pack: n weights [out_i, in] (host memory, bf16/fp16/fp32; data NULL only for `count`) stacked along out,
    * into one operand for products in `compute` type. With `transposed` each is stored [in, out_i] (GPT-2 Conv1D).
    * unpack_rows is not needed: the file is the original. */
   void *(*pack)(esp_backend *be, const esp_tensor *w, int n, bool transposed, esp_dtype compute);
   void (*pack_free)(esp_backend *be, void *packed);
+  /* The same operand in host memory, and its size: `stage` brings it into a buffer of that many bytes, which is then a
+   * packed operand. */
+  int64_t (*pack_bytes)(esp_backend *be, int64_t out, int64_t in, esp_dtype compute);
+  void *(*pack_host)(esp_backend *be, const esp_tensor *w, int n, bool transposed, esp_dtype compute);
   /* y = x W^T + bias + tails + beta*y.  bias fp32 or compute type [out], data NULL: none. beta is 0 or 1.
    * y may be fp32 while x is bf16 (logits). */
   void (*linear)(esp_backend *be, esp_tensor y, esp_tensor x, const esp_wview *w, esp_tensor bias,
@@ -165,6 +183,9 @@ typedef struct esp_backend_ops {
   void (*norm)(esp_backend *be, const esp_norm_args *a);
   void (*norm_bwd)(esp_backend *be, const esp_norm_bwd_args *a);
   void (*rope)(esp_backend *be, const esp_rope_args *a);
+  /* Before the attention calls of a pass: the sequences they will name (host, copied). Returns what of them the issued
+   * operations depend on (bucketed counts and lengths), for the key of a piece. */
+  uint64_t (*attn_begin)(esp_backend *be, const int32_t *cu_seqlens, int n_seqs);
   void (*attn)(esp_backend *be, const esp_attn_args *a);
   void (*attn_bwd)(esp_backend *be, const esp_attn_args *a);
   void (*attn_decode)(esp_backend *be, const esp_decode_args *a);
@@ -181,8 +202,10 @@ typedef struct esp_backend_ops {
   void (*mul_cols)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v); /* y[t,j] = x[t,j] * v[j] */
   void (*gather_rows)(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows);  /* y[i] = x[rows[i]] */
   void (*scatter_rows)(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows); /* y[rows[i]] = x[i] */
-  /* y = x * mask/(1-p); mask element e = draw e of (seed, stream). Element index = row*cols+col, views allowed. */
-  void (*dropout)(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, uint64_t stream, float beta);
+  /* y = x * mask/(1-p) + beta*y; mask element e = draw e of (esp_draw_seed(seed, *draw), stream). Element index =
+   * row*cols+col, views allowed. draw: backend memory, so that a recorded piece draws anew when it is replayed. */
+  void (*dropout)(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, const uint64_t *draw,
+                  uint64_t stream, float beta);
   void (*col_sum)(esp_backend *be, float *out, esp_tensor x);                           /* out[j] += sum_t x[t,j] */
   void (*dot)(esp_backend *be, double *out, const float *a, const float *b, int64_t n); /* *out = <a,b>, fixed order */
   void (*update)(esp_backend *be, const esp_update_args *a);
@@ -192,10 +215,13 @@ struct esp_backend {
   const esp_backend_ops *ops;
   void *impl;
   esp_status sticky;
+  bool on_host; /* memory can be read and written by the processor: cpu, and count, which models it */
+  bool tf32; /* products of fp32 operands may round them to 10 bits of mantissa (cuda) */
   esp_backend_stats stats; /* kept by every backend that is asked to (count always) */
 };
 
-/* name: "cpu" or "count". The counting backend needs no device and reads no weight. */
+/* name: "cpu"; "cuda" or "cuda:N" (the plug-in, see backend/plugin.h); "count" and "count:cuda", which need no device,
+ * read no weight and account the memory that the cpu or the cuda backend would hold. */
 esp_status esp_backend_create(const char *name, esp_backend **out);
 void esp_backend_destroy(esp_backend *be);
 static inline esp_status esp_backend_sync(esp_backend *be) {
@@ -204,9 +230,19 @@ static inline esp_status esp_backend_sync(esp_backend *be) {
 static inline bool esp_backend_counts(const esp_backend *be) {
   return be->ops->name[0] == 'c' && be->ops->name[1] == 'o';
 }
+/* Memory of the backend can be read and written by the processor (cpu; count, which touches nothing). */
+static inline bool esp_backend_on_host(const esp_backend *be) {
+  return be->on_host;
+}
+static inline bool esp_backend_piece_begin(esp_backend *be, uint64_t key) {
+  return be->ops->piece_begin && be->ops->piece_begin(be, key);
+}
+static inline void esp_backend_piece_end(esp_backend *be) {
+  if (be->ops->piece_end) be->ops->piece_end(be);
+}
 
 /* registry: one line per backend */
 esp_status esp_cpu_backend_create(esp_backend **out);
-esp_status esp_count_backend_create(esp_backend **out);
+esp_status esp_count_backend_create(bool cuda, esp_backend **out);
 
 #endif

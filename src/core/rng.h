@@ -30,6 +30,10 @@ static inline void esp_rng_block(uint64_t seed, uint64_t stream, uint64_t index,
   uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
   esp_philox4x32_10(ctr, key, out);
 }
+/* The seed of draw number `draw`: the same uses of two draws are independent. */
+static inline uint64_t esp_draw_seed(uint64_t seed, uint64_t draw) {
+  return seed + draw * 0x9E3779B97F4A7C15ull;
+}
 /* Word `index` of the stream: word index%4 of block index/4. */
 static inline uint32_t esp_rng_u32(uint64_t seed, uint64_t stream, uint64_t index) {
   uint32_t w[4];
