@@ -99,9 +99,10 @@ typedef struct esp_rope_args {
 } esp_rope_args;
 
 /* Softmax cross-entropy over rows of fp32 logits [n, V]. Adds sum_t weight_t * (lse_t - logit_t[target_t]) to
- * sums[0] and the number of rows whose largest logit (the first of equals) is the target to sums[1], and writes d = scale * weight * (softmax - onehot) in the type of `d` (d.data NULL: evaluation only;
- * a row of d may begin where its row of logits begins, which it then overwrites).
- * logprob (optional, [n]): log p(target). softcap as in attention, applied to the logits. */
+ * sums[0] and the number of rows whose largest logit (the first of equals) is the target to sums[1], and writes d =
+ * scale * weight * (softmax - onehot) in the type of `d` (d.data NULL: evaluation only; a row of d may begin where its
+ * row of logits begins, which it then overwrites). logprob (optional, [n]): log p(target). softcap as in attention,
+ * applied to the logits. */
 typedef struct esp_ce_args {
   esp_tensor logits, d;
   const int32_t *targets; /* backend memory [n]; all valid */
@@ -215,8 +216,8 @@ struct esp_backend {
   const esp_backend_ops *ops;
   void *impl;
   esp_status sticky;
-  bool on_host; /* memory can be read and written by the processor: cpu, and count, which models it */
-  bool tf32; /* products of fp32 operands may round them to 10 bits of mantissa (cuda) */
+  bool on_host;            /* memory can be read and written by the processor: cpu, and count, which models it */
+  bool tf32;               /* products of fp32 operands may round them to 10 bits of mantissa (cuda) */
   esp_backend_stats stats; /* kept by every backend that is asked to (count always) */
 };
 

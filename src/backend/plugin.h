@@ -27,11 +27,11 @@ typedef struct esp_device_info {
 } esp_device_info;
 
 typedef struct esp_plugin_probe {
-  int driver, runtime;             /* 13000 for 13.0; driver 0: none */
-  int64_t cublaslt, cudnn, nccl;   /* the libraries' own version numbers; 0: could not be loaded */
+  int driver, runtime;           /* 13000 for 13.0; driver 0: none */
+  int64_t cublaslt, cudnn, nccl; /* the libraries' own version numbers; 0: could not be loaded */
   int n_devices;
   esp_device_info device[16];
-  char why_not[256];               /* one line; empty: usable */
+  char why_not[256]; /* one line; empty: usable */
 } esp_plugin_probe;
 
 typedef struct esp_comm esp_comm;

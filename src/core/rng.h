@@ -6,7 +6,13 @@
 
 #include <stdint.h>
 
-static inline void esp_philox4x32_10(const uint32_t ctr[4], const uint32_t key[2], uint32_t out[4]) {
+#ifdef __CUDACC__ /* kernels draw the same numbers */
+#define ESP_RNG_FN static __host__ __device__ inline
+#else
+#define ESP_RNG_FN static inline
+#endif
+
+ESP_RNG_FN void esp_philox4x32_10(const uint32_t ctr[4], const uint32_t key[2], uint32_t out[4]) {
   uint32_t c0 = ctr[0], c1 = ctr[1], c2 = ctr[2], c3 = ctr[3], k0 = key[0], k1 = key[1];
   for (int i = 0; i < 10; i++) {
     uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
@@ -25,23 +31,23 @@ static inline void esp_philox4x32_10(const uint32_t ctr[4], const uint32_t key[2
 }
 
 /* Four words for block `index` of (seed, stream). */
-static inline void esp_rng_block(uint64_t seed, uint64_t stream, uint64_t index, uint32_t out[4]) {
+ESP_RNG_FN void esp_rng_block(uint64_t seed, uint64_t stream, uint64_t index, uint32_t out[4]) {
   uint32_t ctr[4] = {(uint32_t)index, (uint32_t)(index >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)};
   uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
   esp_philox4x32_10(ctr, key, out);
 }
 /* The seed of draw number `draw`: the same uses of two draws are independent. */
-static inline uint64_t esp_draw_seed(uint64_t seed, uint64_t draw) {
+ESP_RNG_FN uint64_t esp_draw_seed(uint64_t seed, uint64_t draw) {
   return seed + draw * 0x9E3779B97F4A7C15ull;
 }
 /* Word `index` of the stream: word index%4 of block index/4. */
-static inline uint32_t esp_rng_u32(uint64_t seed, uint64_t stream, uint64_t index) {
+ESP_RNG_FN uint32_t esp_rng_u32(uint64_t seed, uint64_t stream, uint64_t index) {
   uint32_t w[4];
   esp_rng_block(seed, stream, index >> 2, w);
   return w[index & 3];
 }
 /* [0, 1), 24 bits. */
-static inline float esp_rng_uniform(uint64_t seed, uint64_t stream, uint64_t index) {
+ESP_RNG_FN float esp_rng_uniform(uint64_t seed, uint64_t stream, uint64_t index) {
   return (float)(esp_rng_u32(seed, stream, index) >> 8) * 0x1p-24f;
 }
 /* N(0,1), Box-Muller on words 2*index and 2*index+1. */

@@ -38,9 +38,9 @@ extern __shared__ __align__(128) unsigned char esp_dynamic_smem[];
 /* More than 48 KiB of dynamic shared memory has to be asked for once per kernel. */
 template <class K> static inline bool esp_allow_smem(esp_backend *be, K kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return true;
-  return esp_cuda_ok(
-      be, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-      "dynamic shared memory");
+  return esp_cuda_ok(be,
+                     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                     "dynamic shared memory");
 }
 
 typedef __nv_bfloat16 bf16;
@@ -63,9 +63,7 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
 }
 
 /* N values in one 16-byte access (or less): the pointer must be aligned to the size of the whole. */
-template <class T, int N> struct alignas(sizeof(T) * N) esp_vec {
-  T v[N];
-};
+template <class T, int N> struct alignas(sizeof(T) * N) esp_vec { T v[N]; };
 template <class T, int N> __device__ __forceinline__ void load_vec(float (&out)[N], const T *p) {
   esp_vec<T, N> x = *reinterpret_cast<const esp_vec<T, N> *>(p);
 #pragma unroll
