@@ -3,5 +3,6 @@
 #define ESP_BACKEND_CUDA_NEED_ATTN_H
 
 #include "backend/backend.h"
+#include "backend/cuda/need_flash.h"
 
 #endif
