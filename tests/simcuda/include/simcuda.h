@@ -11,10 +11,10 @@ extern "C" {
 #endif
 
 /* Puts fn(copy of the arg_bytes at arg) on the stream, as a kernel would be: it runs at once, or when the stream is
- * reached (SIMCUDA_DEFER), or is recorded while the stream captures and then runs at every launch of the graph. So fn may
- * run several times, with the same bytes each time, and must own nothing that it frees. Device memory may be touched
- * only inside fn, never by the caller. fn may block on another process. Returns what a launch returns: the sticky error
- * of a lost device, or an error of the stream. */
+ * reached (SIMCUDA_DEFER), or is recorded while the stream captures and then runs at every launch of the graph. So fn
+ * may run several times, with the same bytes each time, and must own nothing that it frees. Device memory may be
+ * touched only inside fn, never by the caller. fn may block on another process. Returns what a launch returns: the
+ * sticky error of a lost device, or an error of the stream. */
 cudaError_t simcuda_enqueue(cudaStream_t stream, void (*fn)(void *arg), const void *arg, size_t arg_bytes);
 
 /* Do the bytes [ptr, ptr + bytes) lie in one live allocation of cudaMalloc? For stand-ins that check their operands as
