@@ -1,0 +1,25 @@
+# Stand-ins of cuBLASLt, cuDNN and NCCL for the simulated device, with the toolkit's own headers; the test of them; and
+# the test that has the real cuDNN compile every attention graph for devices that are not here.
+find_path(ESP_CUDA_LIBS_INCLUDE NAMES cublasLt.h PATHS /usr/local/cuda/include)
+find_path(ESP_CBLAS_INCLUDE NAMES cblas.h PATH_SUFFIXES openblas-pthread)
+if(ESP_CUDA_LIBS_INCLUDE AND ESP_CBLAS_INCLUDE)
+  file(GLOB simcuda_libs_sources CONFIGURE_DEPENDS tests/simcuda/cublaslt*.c tests/simcuda/cudnn*.c tests/simcuda/nccl*.c)
+  add_library(simcuda_libs STATIC EXCLUDE_FROM_ALL ${simcuda_libs_sources})
+  target_compile_definitions(simcuda_libs PRIVATE _GNU_SOURCE)
+  # The plug-in finds these by name as it finds the real ones: no hidden symbols.
+  target_compile_options(simcuda_libs PRIVATE -Wall -Wextra -Werror -fvisibility=default -ffp-contract=off -O2)
+  target_include_directories(simcuda_libs SYSTEM PRIVATE ${ESP_CUDA_LIBS_INCLUDE} ${ESP_CBLAS_INCLUDE})
+  target_include_directories(simcuda_libs PUBLIC tests/simcuda/include)
+  target_link_libraries(simcuda_libs PUBLIC ${ESP_OPENBLAS} Threads::Threads m rt)
+
+  if(TARGET simcuda) # the simulated runtime that they queue their work on
+    file(GLOB simcuda_libs_tests CONFIGURE_DEPENDS tests/simcuda/libs_test*.c)
+    add_executable(simcuda_libs_test ${simcuda_libs_tests})
+    target_compile_definitions(simcuda_libs_test PRIVATE _GNU_SOURCE)
+    target_compile_options(simcuda_libs_test PRIVATE -Wall -Wextra -Werror)
+    target_include_directories(simcuda_libs_test SYSTEM PRIVATE ${ESP_CUDA_LIBS_INCLUDE})
+    target_link_libraries(simcuda_libs_test PRIVATE simcuda_libs simcuda PkgConfig::CMOCKA)
+    add_test(NAME simcuda_libs_test COMMAND simcuda_libs_test)
+    set_tests_properties(simcuda_libs_test PROPERTIES LABELS simcuda TIMEOUT 300)
+  endif()
+endif()
