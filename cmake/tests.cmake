@@ -22,9 +22,13 @@ foreach(source IN LISTS test_sources)
   add_executable(${name} ${source})
   target_link_libraries(${name} PRIVATE esp_upto_${room} PkgConfig::CMOCKA)
   target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/tests)
+  if(suite STREQUAL "ops")
+    target_sources(${name} PRIVATE ${CMAKE_SOURCE_DIR}/tests/ops/mirror.c)
+  endif()
   target_compile_definitions(${name} PRIVATE ESP_SOURCE_DIR="${CMAKE_SOURCE_DIR}" ESP_SHARED_DIR="${CMAKE_SOURCE_DIR}/../shared")
   add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
   set_tests_properties(${name} PROPERTIES LABELS ${suite} TIMEOUT 600)
 endforeach()
 include(cmake/tests_repo.cmake)
 include(cmake/tests_scripts.cmake OPTIONAL) # end-to-end, faults, ranks, golden: scripts over the program
+include(cmake/tests_cuda.cmake OPTIONAL) # the suites above on CUDA, simulated and real

@@ -1,5 +1,6 @@
 /* adapter_fixture.h: tiny bases for the adapter tests, made by the engine itself: a fresh random model whose every
- * parameter is then shaken (so that norms and biases matter) and saved through the kind `full`. */
+ * parameter is then shaken (so that norms and biases matter) and saved through the kind `full`. Everything runs on the
+ * backend that backend_env.h names. */
 #ifndef TESTS_ADAPTER_FIXTURE_H
 #define TESTS_ADAPTER_FIXTURE_H
 
@@ -15,6 +16,7 @@
 #include <cmocka.h>
 
 #include "adapters/adapter.h"
+#include "backend_env.h"
 #include "core/rng.h"
 #include "io/file.h"
 #include "io/safetensors.h"
@@ -60,7 +62,7 @@ static inline const char *fx_path(const char *name) {
 
 static inline void fx_open(fx_run *r, const char *dir, esp_dtype compute, bool random) {
   esp_model_options opt = {.compute = compute, .random_init = random, .seed = 7};
-  OK(esp_backend_create("cpu", &r->be));
+  OK(esp_backend_create(test_backend_name(), &r->be));
   OK(esp_model_open(dir, r->be, &opt, &r->m));
   OK(esp_stack_init(&r->stack, r->be, 16 << 20));
 }
@@ -83,6 +85,14 @@ static inline void fx_shake(esp_adapter *a, float sd, uint64_t seed) {
   }
 }
 
+/* All gradients, and all masters, as host memory; free() it. */
+static inline float *fx_grads(const esp_adapter *a) {
+  return test_read(a->params->be, a->params->grad, a->params->total * (int64_t)sizeof(float));
+}
+static inline float *fx_masters(const esp_adapter *a) {
+  return test_read(a->params->be, a->params->master, a->params->total * (int64_t)sizeof(float));
+}
+
 static inline void fx_make_base(const char *name, const char *config) {
   char dir[256];
   snprintf(dir, sizeof dir, "%s", fx_path("fresh"));
@@ -99,6 +109,7 @@ static inline void fx_make_base(const char *name, const char *config) {
 }
 
 static inline void fx_setup(void) {
+  test_backend_or_exit();
   snprintf(fx_root, sizeof fx_root, "/tmp/esp-adapters-XXXXXX");
   if (!mkdtemp(fx_root)) abort();
   fx_make_base("qwen", fx_qwen);

@@ -1,4 +1,5 @@
-/* model_fixture.h: opening the golden models, their batches, and a store that trains every tensor of a model. */
+/* model_fixture.h: opening the golden models, their batches, and a store that trains every tensor of a model;
+ * on the backend that backend_env.h names. */
 #ifndef ESP_TESTS_MODEL_FIXTURE_H
 #define ESP_TESTS_MODEL_FIXTURE_H
 
@@ -13,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend_env.h"
 #include "io/file.h"
 #include "io/safetensors.h"
 #include "model/model.h"
@@ -114,6 +116,14 @@ static inline void fx_open(fx *f, const char *family, const char *backend, esp_d
   snprintf(dir, sizeof dir, "%s%s", FX_DIR, family);
   fx_open_dir(f, dir, backend, compute);
   fx_batch(f, dir);
+}
+
+/* Gradients as host memory (of one parameter, of all); free() it. */
+static inline float *fx_grad(const fx *f, int param) {
+  return test_read(f->be, esp_param_grad(f->ps, param).data, f->ps->list[param].numel * (int64_t)sizeof(float));
+}
+static inline float *fx_grads(const fx *f) {
+  return test_read(f->be, f->ps->grad, f->ps->total * (int64_t)sizeof(float));
 }
 
 static inline void fx_close(fx *f) {

@@ -16,7 +16,7 @@ static void logits_of(fx *f, float *out) {
 
 static void check_logits(const char *family, esp_dtype compute, double tol) {
   fx f;
-  fx_open(&f, family, "cpu", compute);
+  fx_open(&f, family, test_backend_name(), compute);
   int64_t n = f.b.tokens * esp_model_describe(f.m)->vocab;
   float *out = calloc((size_t)n, sizeof *out);
   logits_of(&f, out);
@@ -56,7 +56,7 @@ static void check_matrix(fx *f, const char *name, const float *g, int64_t rows, 
 
 static void check_gradients(const char *family) {
   fx f;
-  fx_open(&f, family, "cpu", ESP_F32);
+  fx_open(&f, family, test_backend_name(), ESP_F32);
   fx_train_all(&f);
   FX_OK(esp_model_load_weights(f.m));
   double wsum = fx_weight_sum(&f), worst = 0;
@@ -76,7 +76,7 @@ static void check_gradients(const char *family) {
     esp_site *s = sites[i];
     if (s->is_head && esp_model_describe(f.m)->tied) continue;
     char name[256];
-    const float *g = esp_param_grad(f.ps, s->trained_weight).data;
+    float *g = fx_grad(&f, s->trained_weight);
     snprintf(name, sizeof name, "%s.weight", s->path);
     if (s->kind == ESP_SITE_NORM) {
       char key[300];
@@ -86,15 +86,18 @@ static void check_gradients(const char *family) {
       bool e = s->kind == ESP_SITE_EMBED;
       check_matrix(&f, name, g, e ? s->in : s->out, e ? s->out : s->in, s->transposed, &worst);
     }
+    free(g);
     checked++;
     if (!s->bias_tensor) continue;
     /* a key's bias moves all scores of a query alike: its gradient is zero, and only rounding is compared */
     char key[300];
     snprintf(key, sizeof key, "grad.%s.bias", s->path);
-    const float *gb = esp_param_grad(f.ps, s->trained_bias).data, *eb = fx_data(&f, key);
+    const float *eb = fx_data(&f, key);
+    float *gb = fx_grad(&f, s->trained_bias);
     double e = fx_rel(gb, eb, s->out), big = 0;
     for (int64_t j = 0; j < s->out; j++) big = fmax(big, (double)fabsf(eb[j]));
     if (big > 1e-5) worst = fmax(worst, e);
+    free(gb);
     checked++;
   }
   print_message("%-10s %d gradients, worst %.2e\n", family, checked, worst);
@@ -117,5 +120,6 @@ int main(void) {
       cmocka_unit_test(test_logits),
       cmocka_unit_test(test_gradients),
   };
+  test_backend_or_exit();
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -19,7 +19,7 @@ static bool absent(void) {
 static void open_real(fx *f, const char *name, esp_dtype compute) {
   char dir[512];
   snprintf(dir, sizeof dir, DATA "models/%s", name);
-  fx_open_dir(f, dir, "cpu", compute);
+  fx_open_dir(f, dir, test_backend_name(), compute);
   FX_OK(esp_model_load_weights(f->m));
 }
 
@@ -177,5 +177,6 @@ int main(void) {
       cmocka_unit_test(test_gpt2_activations),
       cmocka_unit_test(test_stories_nll),
   };
+  test_backend_or_exit();
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,5 +1,7 @@
 /* ops_check.h: what the op conformance tests share: random buffers of either type with their exact values in double,
- * comparison against an fp64 reference, central differences, every instruction set, and one thread against two. */
+ * comparison against an fp64 reference, central differences, every instruction set, and one thread against two. Under
+ * ESP_TEST_BACKEND=cuda the same on a device (or its simulation) through mirror.h: instruction sets are one, and
+ * instead of thread counts two runs are compared. */
 #ifndef TESTS_OPS_CHECK_H
 #define TESTS_OPS_CHECK_H
 
@@ -13,10 +15,11 @@
 
 #include <cmocka.h>
 
-#include "backend/backend.h"
+#include "backend_env.h"
 #include "core/cpu.h"
 #include "core/rng.h"
 #include "core/threads.h"
+#include "ops/mirror.h"
 
 static esp_backend *check_be;
 static uint64_t check_draw;
@@ -26,6 +29,11 @@ static inline double check_normal(void) {
 }
 static inline int64_t check_below(int64_t n) {
   return (int64_t)esp_rng_below(77, 2, check_draw++, (uint64_t)n);
+}
+
+/* What messages name: the instruction set of the cpu, else the backend. */
+static inline const char *check_where(void) {
+  return test_on_cpu() ? esp_isa_name(esp_cpu_isa()) : test_backend_name();
 }
 
 typedef struct buf { /* [rows, cols] with a row stride; `v` the exact values, contiguous */
@@ -88,7 +96,7 @@ static inline void buf_close(const char *what, const buf *got, const double *wan
   for (int64_t i = 0; i < buf_n(got); i++) {
     char name[96];
     snprintf(name, sizeof name, "%s[%ld] of [%ld, %ld] %s, %s", what, (long)i, (long)got->t.shape[0],
-             (long)got->t.shape[1], esp_dtype_name(got->t.dtype), esp_isa_name(esp_cpu_isa()));
+             (long)got->t.shape[1], esp_dtype_name(got->t.dtype), check_where());
     check_close(name, buf_load(got, i), want[i], tol, floor_);
   }
   buf_guard(got);
@@ -112,13 +120,14 @@ static inline void check_grad(const char *what, double (*loss)(void *), void *ct
     int64_t i = n <= samples ? s : check_below(n);
     char name[96];
     snprintf(name, sizeof name, "%s[%ld] of %ld, %s, %s", what, (long)i, (long)n, esp_dtype_name(grad->t.dtype),
-             esp_isa_name(esp_cpu_isa()));
+             check_where());
     check_close(name, buf_load(grad, i), check_slope(loss, ctx, &x->v[i]), tol, floor_);
   }
   buf_guard(grad);
 }
 
-/* Runs `run` with one thread and with two; the outputs must have equal bits. */
+/* Runs `run` with one thread and with two (which a device does not know: there it is run twice); the outputs must have
+ * equal bits. */
 typedef struct out_ref {
   void *data;
   size_t bytes;
@@ -134,18 +143,26 @@ static inline void check_threads(void (*run)(void *), void *ctx, const out_ref *
   assert_int_equal(esp_threads_init(2), ESP_OK);
   run(ctx);
   for (int i = 0; i < n; i++) {
-    if (memcmp(copy[i], outs[i].data, outs[i].bytes)) fail_msg("output %d differs between 1 and 2 threads", i);
+    if (memcmp(copy[i], outs[i].data, outs[i].bytes)) fail_msg("output %d differs between two runs", i);
     free(copy[i]);
   }
   assert_int_equal(esp_backend_sync(check_be), ESP_OK);
 }
 
-#define EACH_ISA for (esp_isa isa = ESP_ISA_PLAIN; esp_cpu_isa_set(isa), isa <= esp_cpu_isa_available(); isa++)
+static inline esp_isa check_last_isa(void) {
+  return test_on_cpu() ? esp_cpu_isa_available() : ESP_ISA_PLAIN;
+}
+#define EACH_ISA for (esp_isa isa = ESP_ISA_PLAIN; esp_cpu_isa_set(isa), isa <= check_last_isa(); isa++)
 #define EACH_TYPE(t) for (esp_dtype t = ESP_F32; t <= ESP_BF16; t++)
 
 static inline int check_setup(void **state) {
   (void)state;
-  return esp_backend_create("cpu", &check_be) == ESP_OK ? 0 : -1;
+  esp_backend *be;
+  test_backend_or_exit();
+  if (esp_backend_create(test_backend_name(), &be) != ESP_OK) return -1;
+  if (!test_on_cpu() || getenv("ESP_TEST_MIRROR")) return mirror_create(be, &check_be) == ESP_OK ? 0 : -1;
+  check_be = be;
+  return 0;
 }
 static inline int check_teardown(void **state) {
   (void)state;

@@ -227,37 +227,37 @@ static void test_rope(void **state) {
 /* ---- cross-entropy ---- */
 typedef struct ce_test {
   buf x, d;
-  int32_t target[8], argmax[8];
+  int32_t target[8];
   float weight[8], logprob[8], scale, cap;
-  double loss;
+  double sums[2]; /* loss, hits */
 } ce_test;
 static double ce_capped(const ce_test *t, double x) {
   return t->cap > 0 ? t->cap * tanh(x / t->cap) : x;
 }
+static double ce_row_nll(const ce_test *t, int64_t r) {
+  int64_t V = t->x.t.shape[1];
+  double top = -1e300, sum = 0;
+  for (int64_t j = 0; j < V; j++) top = fmax(top, ce_capped(t, t->x.v[r * V + j]));
+  for (int64_t j = 0; j < V; j++) sum += exp(ce_capped(t, t->x.v[r * V + j]) - top);
+  return top + log(sum) - ce_capped(t, t->x.v[r * V + t->target[r]]);
+}
 static double ce_loss(void *ctx) {
   ce_test *t = ctx;
   double l = 0;
-  int64_t V = t->x.t.shape[1];
-  for (int64_t r = 0; r < t->x.t.shape[0]; r++) {
-    double top = -1e300, sum = 0;
-    for (int64_t j = 0; j < V; j++) top = fmax(top, ce_capped(t, t->x.v[r * V + j]));
-    for (int64_t j = 0; j < V; j++) sum += exp(ce_capped(t, t->x.v[r * V + j]) - top);
-    l += t->scale * t->weight[r] * (top + log(sum) - ce_capped(t, t->x.v[r * V + t->target[r]]));
-  }
+  for (int64_t r = 0; r < t->x.t.shape[0]; r++) l += t->scale * t->weight[r] * ce_row_nll(t, r);
   return l;
 }
 static void ce_run(void *ctx) {
   ce_test *t = ctx;
-  t->loss = 0;
+  t->sums[0] = 0.5, t->sums[1] = 3; /* added to */
   esp_ce_args a = {.logits = t->x.t,
                    .d = t->d.t,
                    .targets = t->target,
                    .weights = t->weight,
                    .scale = t->scale,
                    .softcap = t->cap,
-                   .loss_sum = &t->loss,
-                   .logprob = t->logprob,
-                   .argmax = t->argmax};
+                   .sums = t->sums,
+                   .logprob = t->logprob};
   check_be->ops->cross_entropy(check_be, &a);
 }
 static void test_cross_entropy(void **state) {
@@ -271,10 +271,13 @@ static void test_cross_entropy(void **state) {
     if (V > 40) { /* a tie: the first wins */
       buf_store(&t.x, 30, 500);
       buf_store(&t.x, 37, 500);
+      t.target[0] = 30; /* hit: the first of the two; in every other case the second, which is none */
+      if (c % 2) t.target[0] = 37;
     }
-    out_ref outs[] = {{t.d.t.data, t.d.bytes}, {&t.loss, 8}, {t.logprob, sizeof t.logprob}};
+    out_ref outs[] = {{t.d.t.data, t.d.bytes}, {t.sums, sizeof t.sums}, {t.logprob, sizeof t.logprob}};
     check_threads(ce_run, &t, outs, 3);
-    check_close("loss", t.loss * t.scale, ce_loss(&t), 1e-6, 0.1);
+    check_close("loss", (t.sums[0] - 0.5) * t.scale, ce_loss(&t), 1e-6, 0.1);
+    double hits = 3;
     check_grad("dlogits", ce_loss, &t, &t.x, &t.d, 12, type_tol(type, 1e-5), 1e-2);
     for (int64_t r = 0; r < n; r++) { /* the target's own column is the one that matters most */
       int64_t i = r * V + t.target[r];
@@ -282,8 +285,11 @@ static void test_cross_entropy(void **state) {
       int64_t best = 0;
       for (int64_t j = 1; j < V; j++)
         if (t.x.v[r * V + j] > t.x.v[r * V + best]) best = j;
-      assert_int_equal(t.argmax[r], best);
+      hits += best == t.target[r];
+      double lp = -ce_row_nll(&t, r);
+      check_close("logprob", t.logprob[r], lp, 2e-6, 1);
     }
+    assert_true(t.sums[1] == hits);
     buf_free(&t.x), buf_free(&t.d);
   }
 }
@@ -294,14 +300,11 @@ static void test_cross_entropy_keeps_nan(void **state) {
     x[17] = NAN;
     int32_t target = 3;
     float weight = 1;
-    double loss = 0;
-    esp_ce_args a = {.logits = esp_tensor_2d(x, ESP_F32, 1, 40),
-                     .targets = &target,
-                     .weights = &weight,
-                     .scale = 1,
-                     .loss_sum = &loss};
+    double sums[2] = {0, 0};
+    esp_ce_args a = {
+        .logits = esp_tensor_2d(x, ESP_F32, 1, 40), .targets = &target, .weights = &weight, .scale = 1, .sums = sums};
     check_be->ops->cross_entropy(check_be, &a);
-    assert_true(isnan(loss));
+    assert_true(isnan(sums[0]));
   }
 }
 
@@ -369,23 +372,27 @@ static void test_embed_fp16_table(void **state) {
 typedef struct dropout_test {
   buf x, y;
   float p, beta;
+  uint64_t draw;
 } dropout_test;
+enum { DROP_STREAM = 42 };
+static const uint64_t drop_seed = 0x123456789abcdefull;
 static void dropout_run(void *ctx) {
   dropout_test *t = ctx;
   for (int64_t i = 0; i < buf_n(&t->y); i++) buf_store(&t->y, i, 1);
-  check_be->ops->dropout(check_be, t->y.t, t->x.t, t->p, 0x123456789abcdefull, 42ull << 33 | 7, t->beta);
+  check_be->ops->dropout(check_be, t->y.t, t->x.t, t->p, drop_seed, &t->draw, (uint64_t)DROP_STREAM << 33 | 7, t->beta);
 }
 static void test_dropout_is_the_counter(void **state) {
   (void)state;
   EACH_TYPE(type) EACH_ISA for (int w = 0; w < N_WIDTHS; w++) {
     int64_t n = widths[w], rows = 9;
-    dropout_test t = {.p = w % 2 ? 0.1f : 0.5f, .beta = (float)(w % 2)};
+    dropout_test t = {.p = w % 2 ? 0.1f : 0.5f, .beta = (float)(w % 2), .draw = (uint64_t)w << 21};
     t.x = buf_new(type, rows, n, 2, 1), t.y = buf_new(type, rows, n, 1, 1);
     out_ref outs[] = {{t.y.t.data, t.y.bytes}};
     check_threads(dropout_run, &t, outs, 1);
     double want[900];
     for (int64_t i = 0; i < rows * n; i++) {
-      bool keep = esp_rng_uniform(0x123456789abcdefull, 42ull << 33 | 7, (uint64_t)i) >= t.p;
+      uint64_t seed = esp_draw_seed(drop_seed, t.draw);
+      bool keep = esp_rng_uniform(seed, (uint64_t)DROP_STREAM << 33 | 7, (uint64_t)i) >= t.p;
       want[i] = (keep ? t.x.v[i] / (1 - (double)t.p) : 0) + t.beta;
     }
     buf_close("dropout", &t.y, want, type == ESP_BF16 ? 0.004 : 1e-6, 1);

@@ -11,6 +11,7 @@
 
 #include <cmocka.h>
 
+#include "backend_env.h"
 #include "eval/generate.h"
 #include "eval/score.h"
 #include "tiny.h"
@@ -45,7 +46,7 @@ static int setup(void **state) {
   if (tiny_write(root, "class.jsonl", b.data) != ESP_OK) return -1;
   esp_strbuf_deinit(&b);
   esp_model_options opt = {.compute = ESP_F32};
-  if (esp_backend_create("cpu", &be) || esp_model_open(path_of("model"), be, &opt, &model) ||
+  if (esp_backend_create(test_backend_name(), &be) || esp_model_open(path_of("model"), be, &opt, &model) ||
       esp_model_load_weights(model) || esp_stack_init(&stack, be, 64 << 20) ||
       esp_tokenizer_load(path_of("model"), &tok)) {
     fprintf(stderr, "%s\n", esp_error_message());
@@ -284,5 +285,6 @@ int main(void) {
       cmocka_unit_test(draws_are_their_rows_own),
       cmocka_unit_test(too_long_is_refused),
   };
+  test_backend_or_exit();
   return cmocka_run_group_tests_name("scores and generation", tests, setup, teardown);
 }

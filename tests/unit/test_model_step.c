@@ -18,7 +18,7 @@ static double step(fx *f, esp_ckpt_mode ckpt, bool train, double *wsum) {
 /* d loss along a random direction of one parameter at a time, against <gradient, direction>. */
 static void finite_differences(const char *family) {
   fx f;
-  fx_open(&f, family, "cpu", ESP_F32);
+  fx_open(&f, family, test_backend_name(), ESP_F32);
   fx_train_all(&f);
   FX_OK(esp_model_load_weights(f.m));
   esp_params_zero_grad(f.ps);
@@ -28,7 +28,7 @@ static void finite_differences(const char *family) {
     int64_t n = f.ps->list[p].numel;
     float *w = calloc((size_t)n * 3, sizeof *w), *dir = w + n, *moved = dir + n;
     esp_params_get(f.ps, p, w);
-    const float *g = esp_param_grad(f.ps, p).data;
+    float *g = fx_grad(&f, p);
     double dot = 0;
     for (int64_t i = 0; i < n; i++) {
       dir[i] = esp_rng_uniform(7, (uint64_t)p, (uint64_t)i) < 0.5f ? -1.0f : 1.0f;
@@ -49,6 +49,7 @@ static void finite_differences(const char *family) {
       bad++;
     }
     free(w);
+    free(g);
   }
   assert_int_equal(bad, 0);
   fx_close(&f);
@@ -59,12 +60,11 @@ static void test_finite_differences(void **state) {
 
 static float *gradients(const char *family, esp_dtype compute, esp_ckpt_mode ckpt, int repeat, int64_t *n) {
   fx f;
-  fx_open(&f, family, "cpu", compute);
+  fx_open(&f, family, test_backend_name(), compute);
   fx_train_all(&f);
   FX_OK(esp_model_load_weights(f.m));
   for (int i = 0; i < repeat; i++) step(&f, ckpt, true, NULL);
-  float *g = calloc((size_t)f.ps->total, sizeof *g);
-  memcpy(g, f.ps->grad, (size_t)f.ps->total * sizeof *g);
+  float *g = fx_grads(&f);
   *n = f.ps->total;
   fx_close(&f);
   return g;
@@ -130,7 +130,7 @@ static void all_logits(fx *f, const esp_batch *b, float *out) {
 static void test_packed_is_unpacked(void **state) {
   for (int i = 0; i < FX_FAMILIES; i++) {
     fx f;
-    fx_open(&f, fx_families[i], "cpu", ESP_F32);
+    fx_open(&f, fx_families[i], test_backend_name(), ESP_F32);
     FX_OK(esp_model_load_weights(f.m));
     int64_t v = esp_model_describe(f.m)->vocab;
     float *all = calloc((size_t)(f.b.tokens * v) * 2, sizeof *all), *one = all + f.b.tokens * v;
@@ -150,9 +150,9 @@ static void test_packed_is_unpacked(void **state) {
 static void test_split_and_stacked_equal_packed(void **state) {
   for (int i = 0; i < FX_FAMILIES; i++) {
     fx a, b, c;
-    fx_open(&a, fx_families[i], "cpu", ESP_F32);
-    fx_open(&b, fx_families[i], "cpu", ESP_F32);
-    fx_open(&c, fx_families[i], "cpu", ESP_F32);
+    fx_open(&a, fx_families[i], test_backend_name(), ESP_F32);
+    fx_open(&b, fx_families[i], test_backend_name(), ESP_F32);
+    fx_open(&c, fx_families[i], test_backend_name(), ESP_F32);
     fx_train_all(&b);
     fx_train_all(&c);
     esp_site **sites;
@@ -168,7 +168,10 @@ static void test_split_and_stacked_equal_packed(void **state) {
       if (sites[s]->trained && sites[s]->kind == ESP_SITE_LINEAR &&
           !(sites[s]->is_head && esp_model_describe(c.m)->tied)) {
         int p = sites[s]->trained_weight;
-        assert_true(fx_rel(esp_param_grad(c.ps, p).data, esp_param_grad(b.ps, p).data, c.ps->list[p].numel) < 1e-5);
+        float *gc = fx_grad(&c, p), *gb = fx_grad(&b, p);
+        assert_true(fx_rel(gc, gb, c.ps->list[p].numel) < 1e-5);
+        free(gc);
+        free(gb);
       }
     /* switched off again: the base comes back */
     for (int s = 0; s < n; s++) sites[s]->trained = NULL;
@@ -182,7 +185,7 @@ static void test_split_and_stacked_equal_packed(void **state) {
 /* Prefill of a prefix and one token at a time against the plain forward of the whole. */
 static void decode_equals_forward(const char *family, esp_dtype compute, double tol) {
   fx f;
-  fx_open(&f, family, "cpu", compute);
+  fx_open(&f, family, test_backend_name(), compute);
   FX_OK(esp_model_load_weights(f.m));
   int64_t v = esp_model_describe(f.m)->vocab;
   float *all = calloc((size_t)((f.b.tokens + 2) * v), sizeof *all), *got = all + f.b.tokens * v;
@@ -224,8 +227,8 @@ static void test_count_measures_the_stack(void **state) {
   for (int i = 0; i < FX_FAMILIES; i++)
     for (int ckpt = 0; ckpt < 2; ckpt++) {
       fx a, c;
-      fx_open(&a, fx_families[i], "cpu", ESP_BF16);
-      fx_open(&c, fx_families[i], "count", ESP_BF16);
+      fx_open(&a, fx_families[i], test_backend_name(), ESP_BF16);
+      fx_open(&c, fx_families[i], test_count_name(), ESP_BF16);
       fx_train_all(&a);
       step(&a, (esp_ckpt_mode)ckpt, true, NULL);
       esp_loss_out out;
@@ -241,7 +244,7 @@ static void test_count_measures_the_stack(void **state) {
 /* Too small a stack is the step's error, not a crash. */
 static void test_stack_overflow_is_an_error(void **state) {
   fx f;
-  fx_open(&f, "llama", "cpu", ESP_F32);
+  fx_open(&f, "llama", test_backend_name(), ESP_F32);
   esp_stack small;
   FX_OK(esp_stack_init(&small, f.be, 8192));
   esp_loss_out out;
@@ -263,5 +266,6 @@ int main(void) {
       cmocka_unit_test(test_count_measures_the_stack),
       cmocka_unit_test(test_stack_overflow_is_an_error),
   };
+  test_backend_or_exit();
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

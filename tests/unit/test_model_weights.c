@@ -75,7 +75,7 @@ static void rewrite(const char *family, const edit *e) {
 
 static esp_status open_and_load(fx *f) {
   *f = (fx){0};
-  FX_OK(esp_backend_create("cpu", &f->be));
+  FX_OK(esp_backend_create(test_backend_name(), &f->be));
   esp_model_options opt = {.compute = ESP_F32};
   esp_status st = esp_model_open(work_dir, f->be, &opt, &f->m);
   return st == ESP_OK ? esp_model_load_weights(f->m) : st;
@@ -113,7 +113,7 @@ static void same_logits(const char *family, edit e) {
   fx a, b;
   float want[64 * 45], got[64 * 45];
   int32_t rows[64];
-  fx_open(&a, family, "cpu", ESP_F32);
+  fx_open(&a, family, test_backend_name(), ESP_F32);
   for (int i = 0; i < a.b.tokens; i++) rows[i] = i;
   FX_OK(esp_model_logits(a.m, &a.stack, &a.b, rows, (int)a.b.tokens, want));
   rewrite(family, &e);
@@ -136,7 +136,7 @@ static void test_other_layouts(void **state) {
 
 static void test_reads(void **state) {
   fx f;
-  fx_open(&f, "gpt2", "cpu", ESP_F32);
+  fx_open(&f, "gpt2", test_backend_name(), ESP_F32);
   esp_site *s = esp_model_find_site(f.m, "transformer.h.1.mlp.c_fc");
   assert_non_null(s);
   assert_null(esp_model_find_site(f.m, "transformer.h.2.mlp.c_fc"));
@@ -159,8 +159,8 @@ static void test_reads(void **state) {
 /* W + delta in the operand, rounded once; the stored weight reads as before. */
 static void test_rewritten_base(void **state) {
   fx a, b;
-  fx_open(&a, "qwen2", "cpu", ESP_F32);
-  fx_open(&b, "qwen2", "cpu", ESP_F32);
+  fx_open(&a, "qwen2", test_backend_name(), ESP_F32);
+  fx_open(&b, "qwen2", test_backend_name(), ESP_F32);
   float delta[24 * 24], w[24 * 24], la[45], lb[45];
   esp_site *s = esp_model_find_site(a.m, "model.layers.0.self_attn.q_proj"), *k;
   FX_OK(esp_site_read_weight(a.m, s, w));
@@ -193,7 +193,7 @@ static void test_fresh_weights(void **state) {
     snprintf(dir, sizeof dir, "%s%s", FX_DIR, fx_families[i]);
     for (int k = 0; k < 3; k++) {
       fx f = {0};
-      FX_OK(esp_backend_create("cpu", &f.be));
+      FX_OK(esp_backend_create(test_backend_name(), &f.be));
       esp_model_options opt = {.compute = ESP_F32, .random_init = true, .seed = k == 2 ? 8 : 7};
       FX_OK(esp_model_open(dir, f.be, &opt, &f.m));
       FX_OK(esp_stack_init(&f.stack, f.be, 16 << 20));
@@ -214,7 +214,7 @@ static void test_bad_batches(void **state) {
   float out[45 * 2];
   int32_t ids[2] = {3, 45}, pos[2] = {0, 1}, cu[2] = {0, 2}, rows[2] = {0, 1};
   esp_batch b = {.tokens = 2, .ids = ids, .positions = pos, .cu_seqlens = cu, .n_seqs = 1};
-  fx_open(&f, "gpt2", "cpu", ESP_F32);
+  fx_open(&f, "gpt2", test_backend_name(), ESP_F32);
   assert_int_equal(esp_model_logits(f.m, &f.stack, &b, rows, 2, out), ESP_ERR_DATA);
   assert_non_null(strstr(esp_error_message(), "token id 45"));
   ids[1] = 4;
@@ -231,7 +231,7 @@ static void test_counting_reads_nothing_and_books_balance(void **state) {
   esp_mem_stats_get(&before);
   for (int k = 0; k < 2; k++) {
     fx f;
-    fx_open(&f, "qwen3", k ? "count" : "cpu", ESP_BF16);
+    fx_open(&f, "qwen3", k ? test_count_name() : test_backend_name(), ESP_BF16);
     FX_OK(esp_model_load_weights(f.m));
     esp_mem_stats_get(&after);
     if (k == 0) packed = after;
@@ -254,5 +254,6 @@ int main(void) {
       cmocka_unit_test(test_bad_batches),
       cmocka_unit_test(test_counting_reads_nothing_and_books_balance),
   };
+  test_backend_or_exit();
   return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -1,0 +1,31 @@
+# The suites written for the cpu backend, on CUDA (tests/backend_env.h): <name>_cuda_sim on the simulation (label
+# simcuda), <name>_gpu on a device (label gpu; 77, with the reason, where there is none). Included after tests.cmake.
+set(ESP_CUDA_SUITES
+    test_backend_ops test_backend_matmul test_backend_attention test_backend_golden
+    test_adapters_conformance test_optim_peft_parity test_optim_rules test_model_golden test_model_real
+    test_model_step test_model_weights test_eval_score test_adapters_target test_adapters_files)
+foreach(name IN LISTS ESP_CUDA_SUITES)
+  if(NOT TARGET ${name})
+    continue()
+  endif()
+  if(TARGET espalier-cuda-sim)
+    add_test(NAME ${name}_cuda_sim COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
+    set_tests_properties(${name}_cuda_sim PROPERTIES LABELS simcuda TIMEOUT 900 ENVIRONMENT
+      "ESP_TEST_BACKEND=cuda;ESP_TEST_QUICK=1;ESPALIER_CUDA_PLUGIN=$<TARGET_FILE:espalier-cuda-sim>")
+    add_dependencies(${name} espalier-cuda-sim)
+  endif()
+  if(TARGET espalier-cuda)
+    add_test(NAME ${name}_gpu COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
+    set_tests_properties(${name}_gpu PROPERTIES LABELS gpu TIMEOUT 600 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu ENVIRONMENT
+      "ESP_TEST_BACKEND=cuda;ESP_TEST_SKIP=1;ESPALIER_CUDA_PLUGIN=$<TARGET_FILE:espalier-cuda>")
+    add_dependencies(${name} espalier-cuda)
+  endif()
+endforeach()
+
+if(TARGET espalier-cuda-sim AND COMMAND esp_script_test AND TARGET make_tiny)
+  foreach(part train memory faults)
+    esp_script_test(cuda_sim_${part} e2e cuda_sim_${part}.sh
+                    ENV "ESPALIER_CUDA_PLUGIN=$<TARGET_FILE:espalier-cuda-sim>")
+    set_tests_properties(cuda_sim_${part} PROPERTIES LABELS simcuda)
+  endforeach()
+endif()
