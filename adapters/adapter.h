@@ -48,6 +48,7 @@ typedef struct esp_adapter_kind {
   bool mergeable;
   bool targets;    /* reads target, exclude, layers; false: `full` and `none` */
   bool whole_base; /* every weight of the base is a trained parameter (`full`) */
+  bool on_host;    /* its hooks do work on the host in each pass: a pass is then never replayed from a recording */
 
   /* Declares the parameters of one group: called once per group that has targeted sites, in model order, so that a
    * kind may place parameters of neighbouring sites back to back (stacked products). `hit[i]`: site i is targeted. */
@@ -100,6 +101,7 @@ struct esp_adapter { /* one named adapter on one model */
   struct esp_train_modules *modules; /* what is trained beside the kind: modules_to_save, bias, token rows */
   bool trainable;
   double weight;     /* multiplies the adapter's effect when summed (composition); 1 */
+  uint64_t revision; /* counts changes of shape or address of its parameters (ranks that grow or shrink) */
   int64_t backwards; /* backward passes seen: a trained adapter whose B is still zero is not saved */
 };
 

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "adapters/internal.h"
+#include "core/rng.h"
 
 /* A product takes at most ROOM tails. Above MANY active adapters they may not fit: a kind then adds the rest in
  * `output` and `input_bwd`. Token rows come first, because they have no other way. */
@@ -14,7 +15,8 @@ enum { MANY = 4, ROOM = 16 };
  * is in flight at a time, and a recomputed block writes them anew. */
 typedef struct active_set {
   esp_adapter_hooks hooks;
-  int n, n_groups, n_sites;
+  int n;
+  uint64_t number;                  /* of the installation */
   void **group_slots, **site_slots; /* [index * n + k] */
   esp_adapter *list[];
 } active_set;
@@ -94,6 +96,21 @@ static void on_embed_bwd(void *ctx, esp_run *run, esp_site *s, const int32_t *id
   }
 }
 
+/* A counter of installations tells sets apart whose addresses are reused; what kinds bake into operations beside
+ * shapes and addresses is the weight of each adapter and its revision. */
+static uint64_t on_version(void *ctx) {
+  const active_set *c = ctx;
+  uint64_t v = c->number;
+  for (int k = 0; k < c->n; k++) {
+    const esp_adapter *a = c->list[k];
+    if (a->kind->on_host || a->modules->tokens >= 0) return 0;
+    uint64_t bits;
+    memcpy(&bits, &a->weight, sizeof bits);
+    v = esp_rng_stream(0, v, bits, a->revision * 2 + a->trainable);
+  }
+  return v ? v : 1;
+}
+
 static active_set *current(esp_model *m) {
   const esp_adapter_hooks *h = esp_model_hooks(m);
   return h && h->tails == on_tails ? h->ctx : NULL;
@@ -131,7 +148,8 @@ static esp_adapter_hooks hooks_of(active_set *c) {
                          .tails_bwd = on_tails_bwd,
                          .embed = on_embed,
                          .embed_bwd = on_embed_bwd,
-                         .lowest_layer = on_lowest_layer};
+                         .lowest_layer = on_lowest_layer,
+                         .version = on_version};
   for (int k = 0; k < c->n; k++) {
     const esp_adapter_kind *kind = c->list[k]->kind;
     if (kind->input) h.input = on_input;
@@ -150,7 +168,9 @@ static esp_status install(esp_model *m, esp_adapter **list, int n) {
     int n_groups = esp_model_groups(m, &groups), n_sites = esp_model_sites(m, &sites);
     c = esp_mem_alloc(ESP_MEM_HOST, sizeof *c + (size_t)n * sizeof *list);
     if (!c) return ESP_ERR_MEMORY;
+    static _Atomic uint64_t installations;
     c->n = n;
+    c->number = ++installations;
     c->group_slots = esp_mem_alloc(ESP_MEM_HOST, (size_t)(n_groups * n + 1) * sizeof(void *));
     c->site_slots = esp_mem_alloc(ESP_MEM_HOST, (size_t)(n_sites * n + 1) * sizeof(void *));
     if (!c->group_slots || !c->site_slots) {

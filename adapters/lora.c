@@ -102,11 +102,14 @@ static bool drops(const esp_adapter *a, const esp_run *run) {
   return run->train && a->trainable && a->cfg.dropout > 0;
 }
 
+static uint64_t stream_of(const esp_adapter *a, const esp_run *run, const esp_group *g) {
+  return esp_rng_stream(ESP_RNG_DROPOUT, (uint64_t)run->part, (uint64_t)g->index,
+                        esp_rng_stream_name(ESP_RNG_DROPOUT, a->name));
+}
+
 static esp_tensor dropped(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor x) {
   esp_tensor y = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), esp_tensor_cols(&x));
-  uint64_t stream = esp_rng_stream(ESP_RNG_DROPOUT, (uint64_t)run->draw, (uint64_t)g->index,
-                                   esp_rng_stream_name(ESP_RNG_DROPOUT, a->name));
-  run->be->ops->dropout(run->be, y, x, (float)a->cfg.dropout, run->seed, stream, 0.0f);
+  run->be->ops->dropout(run->be, y, x, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 0.0f);
   return y;
 }
 
@@ -216,9 +219,7 @@ static void lora_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tenso
   int64_t mark = esp_stack_mark(run->stack);
   esp_tensor d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
   ops->matmul(run->be, d, lg->dt, false, stacked, false, 1.0f, 0.0f);
-  uint64_t stream = esp_rng_stream(ESP_RNG_DROPOUT, (uint64_t)run->draw, (uint64_t)g->index,
-                                   esp_rng_stream_name(ESP_RNG_DROPOUT, a->name));
-  ops->dropout(run->be, dx, d, (float)a->cfg.dropout, run->seed, stream, 1.0f);
+  ops->dropout(run->be, dx, d, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 1.0f);
   esp_stack_release(run->stack, mark);
 }
 

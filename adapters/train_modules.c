@@ -275,7 +275,10 @@ static bool find_rows(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *
     run->be->sticky = ESP_ERR_MEMORY;
     return false;
   }
-  ops->download(run->be, host, ids, bytes);
+  if (ids == run->d_ids)
+    memcpy(host, run->batch->ids, (size_t)bytes);
+  else
+    ops->download(run->be, host, ids, bytes);
   out->n = 0;
   for (int64_t i = 0; i < tokens; i++) {
     int slot = token_slot(a, host[i]);

@@ -55,3 +55,16 @@ esp_status esp_comm_agree(esp_comm *c, esp_status mine) {
   if (all != few) free(all);
   return st;
 }
+
+esp_status esp_comm_reduce(esp_comm *c, esp_backend *be, float *buf, int64_t n) {
+  if (c->size == 1) return ESP_OK;
+  if (be->on_host) return c->ops->all_reduce_f32(c, buf, n);
+  if (c->ops->all_reduce_device) return c->ops->all_reduce_device(c, buf, n);
+  float *host = be->ops->host_alloc(be, n * (int64_t)sizeof *host);
+  if (!host) return ESP_ERR_MEMORY;
+  be->ops->download(be, host, buf, n * (int64_t)sizeof *host);
+  esp_status st = c->ops->all_reduce_f32(c, host, n);
+  if (st == ESP_OK) be->ops->upload(be, buf, host, n * (int64_t)sizeof *host);
+  be->ops->host_free(be, host);
+  return st;
+}

@@ -111,8 +111,14 @@ static void finalize(void) {
   if (!done) MPI_Finalize();
 }
 
-static const esp_comm_ops mpi_ops = {"mpi",         mpi_reduce_f32, mpi_reduce_f64, mpi_gather,
-                                     mpi_broadcast, mpi_barrier,    mpi_abort,      mpi_destroy};
+static const esp_comm_ops mpi_ops = {.name = "mpi",
+                                     .all_reduce_f32 = mpi_reduce_f32,
+                                     .all_reduce_f64 = mpi_reduce_f64,
+                                     .all_gather = mpi_gather,
+                                     .broadcast = mpi_broadcast,
+                                     .barrier = mpi_barrier,
+                                     .abort = mpi_abort,
+                                     .destroy = mpi_destroy};
 
 esp_status esp_comm_mpi_create(esp_comm **out) {
   *out = NULL;

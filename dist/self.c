@@ -29,8 +29,14 @@ static void self_destroy(esp_comm *c) {
   esp_mem_free(c);
 }
 
-static const esp_comm_ops self_ops = {"self",         self_reduce_f32, self_reduce_f64, self_gather,
-                                      self_broadcast, self_barrier,    self_abort,      self_destroy};
+static const esp_comm_ops self_ops = {.name = "self",
+                                      .all_reduce_f32 = self_reduce_f32,
+                                      .all_reduce_f64 = self_reduce_f64,
+                                      .all_gather = self_gather,
+                                      .broadcast = self_broadcast,
+                                      .barrier = self_barrier,
+                                      .abort = self_abort,
+                                      .destroy = self_destroy};
 
 esp_status esp_comm_self_create(esp_comm **out) {
   *out = NULL;

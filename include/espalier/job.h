@@ -19,7 +19,7 @@ ESP_API esp_status esp_job_open(const char *recipe_path, const char *const *over
 ESP_API esp_status esp_job_open_text(const char *yaml, size_t n, const char *path, const char *const *overrides,
                                      int n_overrides, esp_job **out);
 /* The recipe that a run directory keeps. */
-ESP_API esp_status esp_job_open_run(const char *run_dir, esp_job **out);
+ESP_API esp_status esp_job_open_run(const char *run_dir, const char *device, esp_job **out);
 ESP_API void esp_job_close(esp_job *job); /* NULL is allowed */
 
 ESP_API const char *esp_job_name(const esp_job *job);

@@ -63,7 +63,9 @@ typedef struct esp_run_result {
   double seconds;      /* of this call */
   double last_loss;    /* of the last step */
   int64_t tokens;      /* seen by this call */
-  int64_t memory_peak; /* bytes of the process's own allocations */
+  int64_t memory_peak; /* bytes of the process's own allocations in host memory */
+  int64_t device_peak; /* the same on the device; 0: none is used */
+  char device[64];     /* "cpu", "cuda:0 NVIDIA H200" */
   int64_t trainable, parameters;
   int n_tasks; /* matrix: filled when evaluation sets exist, else has_matrix 0 */
   int has_matrix;
@@ -80,11 +82,14 @@ typedef struct esp_plan_task {
 } esp_plan_task;
 
 typedef struct esp_plan {
-  int64_t peak_bytes;         /* of the process's own allocations on one rank, at their highest */
-  int64_t category_bytes[16]; /* at that moment's categories' own peaks */
+  int64_t peak_bytes;         /* of the process's own allocations in host memory on one rank, at their highest */
+  int64_t category_bytes[16]; /* at that moment's categories' own peaks, host and device together */
   const char *category_name[16];
   int n_categories;
-  int64_t limit_bytes; /* memory.limit, resolved */
+  int64_t limit_bytes;                           /* memory.limit, resolved */
+  char device[64];                               /* "cpu" or "cuda" */
+  int64_t device_peak_bytes, device_limit_bytes; /* on the device; limit 0: there is none here to ask */
+  int64_t device_overhead_bytes;                 /* of the limit, what context and libraries take */
   int fits;
   int64_t steps, tokens;
   double flops, flops_per_step;

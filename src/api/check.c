@@ -62,7 +62,7 @@ static void check_model(checker *c) {
   esp_comm *self = NULL;
   esp_engine e = {0};
   esp_status st = esp_comm_create("self", &self);
-  if (st == ESP_OK) st = esp_engine_init(&e, r, self, "count");
+  if (st == ESP_OK) st = esp_engine_init(&e, r, self, true);
   for (int i = 0; st == ESP_OK && i < r->n_tasks; i++) {
     if (i > 0 && r->continual.policy == ESP_POLICY_CONTINUE) break;
     st = esp_engine_load(&e, r->model.base_model, &r->tasks[i].adapter, NULL, true);

@@ -86,7 +86,7 @@ static esp_status about_checkpoint(json_t *j, const char *dir) {
 
 static esp_status about_run(json_t *j, const char *dir) {
   esp_job *job = NULL;
-  ESP_TRY(esp_job_open_run(dir, &job));
+  ESP_TRY(esp_job_open_run(dir, NULL, &job));
   const esp_recipe *r = job->recipe;
   json_t *tasks = json_array();
   for (int i = 0; i < r->n_tasks; i++) {

@@ -37,7 +37,7 @@ esp_status esp_job_open_text(const char *yaml, size_t len, const char *path, con
   return wrap(st, r, out);
 }
 
-esp_status esp_job_open_run(const char *run_dir, esp_job **out) {
+esp_status esp_job_open_run(const char *run_dir, const char *device, esp_job **out) {
   char path[ESP_PATH], place[2 * ESP_PATH + 32], *full = realpath(run_dir, NULL);
   *out = NULL;
   char *w = place + snprintf(place, sizeof place, "checkpoint.output_dir=\""); /* it may have been moved */
@@ -47,10 +47,12 @@ esp_status esp_job_open_run(const char *run_dir, esp_job **out) {
   }
   memcpy(w, "\"", 2);
   free(full);
-  const char *overrides[] = {place};
+  char where[64];
+  snprintf(where, sizeof where, "parallel.device=%.40s", device ? device : "");
+  const char *overrides[] = {place, where};
   esp_path_join(path, sizeof path, run_dir, "recipe.yaml");
   if (!esp_file_exists(path)) return esp_fail(ESP_ERR_DATA, "%s: holds no run (no recipe.yaml)", run_dir);
-  return esp_job_open(path, overrides, 1, out);
+  return esp_job_open(path, overrides, device ? 2 : 1, out);
 }
 
 void esp_job_close(esp_job *job) {
@@ -140,11 +142,11 @@ static esp_status eval_sets(esp_engine *e, const esp_train_data *d, const esp_ru
 }
 
 /* The stack's size comes from a pass on the counting backend, as in a run. */
-static esp_status eval_pass(const esp_recipe *r, esp_comm *comm, const char *backend, const char *adapter,
+static esp_status eval_pass(const esp_recipe *r, esp_comm *comm, bool counting, const char *adapter,
                             const esp_train_data *d, const esp_run_options *opt, esp_score *scores, int max,
                             int64_t *stack) {
   esp_engine e = {0};
-  esp_status st = esp_engine_init(&e, r, comm, backend);
+  esp_status st = esp_engine_init(&e, r, comm, counting);
   if (st == ESP_OK) st = esp_engine_load(&e, r->model.base_model, NULL, adapter, false);
   if (st == ESP_OK) st = esp_engine_stack(&e, *stack);
   if (st == ESP_OK) st = eval_sets(&e, d, opt, scores, max);
@@ -166,9 +168,9 @@ esp_status esp_job_eval(esp_job *job, const char *adapter, const esp_run_options
   ESP_GOTO(esp_comm_create(r->parallel.comm, &comm));
   ESP_GOTO(esp_comm_create("self", &self));
   ESP_GOTO(esp_comm_agree(comm, esp_train_data_load(r, false, true, &d)));
-  ESP_GOTO(esp_comm_agree(comm, eval_pass(r, self, "count", adapter, &d, NULL, scores, 0, &stack)));
+  ESP_GOTO(esp_comm_agree(comm, eval_pass(r, self, true, adapter, &d, NULL, scores, 0, &stack)));
   if (stack == 0) stack = 64;
-  ESP_GOTO(eval_pass(r, comm, "cpu", adapter, &d, opt, scores, max, &stack));
+  ESP_GOTO(eval_pass(r, comm, false, adapter, &d, opt, scores, max, &stack));
 out:
   esp_train_data_deinit(&d);
   esp_comm_destroy(self);

@@ -40,8 +40,8 @@ esp_status esp_session_open(const char *dir, const char *const *settings, int n,
   if (s->recipe->parallel.threads > 0) ESP_GOTO(esp_threads_init(s->recipe->parallel.threads));
   ESP_GOTO(esp_comm_create("self", &s->comm));
   ESP_GOTO(esp_tokenizer_load(s->recipe->model.tokenizer, &s->tok));
-  ESP_GOTO(esp_engine_init(&s->engine, s->recipe, s->comm, "cpu"));
-  ESP_GOTO(esp_engine_init(&s->count, s->recipe, s->comm, "count"));
+  ESP_GOTO(esp_engine_init(&s->engine, s->recipe, s->comm, false));
+  ESP_GOTO(esp_engine_init(&s->count, s->recipe, s->comm, true));
   /* Headers now, so that a bad directory is an error of this call. */
   ESP_GOTO(esp_engine_load(&s->count, s->recipe->model.base_model, NULL, NULL, false));
   *out = s;
@@ -86,7 +86,10 @@ static esp_status ready(esp_session *s) {
 /* The stack is at least what `count` has measured so far. */
 static esp_status grow_stack(esp_session *s) {
   if (s->engine.stack_ready && s->engine.stack.capacity >= s->count.stack.high) return ESP_OK;
-  return esp_engine_stack(&s->engine, s->count.stack.high);
+  ESP_TRY(esp_engine_stack(&s->engine, s->count.stack.high));
+  esp_backend *be = s->engine.be;
+  if (be->ops->scratch) be->ops->scratch(be, s->count.be->ops->scratch(s->count.be, 0));
+  return be->sticky;
 }
 
 esp_status esp_session_encode(esp_session *s, const char *text, int special, int32_t **ids, int64_t *n) {

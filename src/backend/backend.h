@@ -146,14 +146,19 @@ typedef struct esp_backend_ops {
   void *(*host_alloc)(esp_backend *be, int64_t bytes); /* NULL, error set */
   void (*host_free)(esp_backend *be, void *ptr);
   void (*download_later)(esp_backend *be, void *host, const void *src, int64_t bytes); /* arrived after sync */
-  /* Copies of frozen weights beside the computation, on one of two channels. stage: dst <- host (host_alloc memory),
+  /* The scratch that operations share, made at least so large; its size. `count` answers what a run will need, which a
+   * run reserves before its first step. NULL: nothing to reserve. */
+  int64_t (*scratch)(esp_backend *be, int64_t at_least);
+  /* Copies of frozen weights beside the computation, on one of two channels; NULL, with pack_host, where all memory is
+   * the host's. stage: dst <- host (host_alloc memory),
    * begun when everything issued so far is done; stage_wait: what is issued from here on waits for the channel. */
   void (*stage)(esp_backend *be, int channel, void *dst, const void *host, int64_t bytes);
   void (*stage_wait)(esp_backend *be, int channel);
   /* A piece of a pass that is the same operations on the same addresses whenever `key` is the same; values that differ
    * lie in backend memory. begin answers true when it has replayed what was recorded: the caller then issues nothing.
+   * `pair` != 0: it replays only when that piece is recorded too (a backward needs what the host kept of its forward).
    * Both NULL: never. Use esp_backend_piece_begin/_end. */
-  bool (*piece_begin)(esp_backend *be, uint64_t key);
+  bool (*piece_begin)(esp_backend *be, uint64_t key, uint64_t pair);
   void (*piece_end)(esp_backend *be);
 
   /* matmul. pack: n weights [out_i, in] (host memory, bf16/fp16/fp32; data NULL only for `count`) stacked along out,
@@ -216,6 +221,7 @@ struct esp_backend {
   const esp_backend_ops *ops;
   void *impl;
   esp_status sticky;
+  char device[64];         /* "cpu", "cuda:0 NVIDIA H200", "count" */
   bool on_host;            /* memory can be read and written by the processor: cpu, and count, which models it */
   bool tf32;               /* products of fp32 operands may round them to 10 bits of mantissa (cuda) */
   esp_backend_stats stats; /* kept by every backend that is asked to (count always) */
@@ -235,11 +241,12 @@ static inline bool esp_backend_counts(const esp_backend *be) {
 static inline bool esp_backend_on_host(const esp_backend *be) {
   return be->on_host;
 }
-static inline bool esp_backend_piece_begin(esp_backend *be, uint64_t key) {
-  return be->ops->piece_begin && be->ops->piece_begin(be, key);
+/* key 0: not a piece. Each begin is followed by an end. */
+static inline bool esp_backend_piece_begin(esp_backend *be, uint64_t key, uint64_t pair) {
+  return key && be->ops->piece_begin && be->ops->piece_begin(be, key, pair);
 }
-static inline void esp_backend_piece_end(esp_backend *be) {
-  if (be->ops->piece_end) be->ops->piece_end(be);
+static inline void esp_backend_piece_end(esp_backend *be, uint64_t key) {
+  if (key && be->ops->piece_end) be->ops->piece_end(be);
 }
 
 /* registry: one line per backend */

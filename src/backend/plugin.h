@@ -12,6 +12,8 @@ extern "C" {
 #endif
 
 enum { ESP_PLUGIN_ABI = 1 };
+/* Device memory that a context, cuBLASLt's and cuDNN's modules and the kernels take before anything of ours. */
+#define ESP_CUDA_OVERHEAD ((int64_t)640 << 20)
 
 /* What the plug-in may use of the program: one set of books, one error message per thread. */
 typedef struct esp_plugin_host {
@@ -39,9 +41,9 @@ typedef struct esp_plugin {
   int abi;
   void (*probe)(esp_plugin_probe *out);
   esp_status (*create)(int device, esp_backend **out);
-  /* Wraps a communicator over host memory: device buffers are reduced by NCCL, started through `host`. Takes `host`
-   * over when it succeeds. */
-  esp_status (*comm)(esp_backend *be, esp_comm *host, esp_comm **out);
+  /* On top of a communicator over host memory, which must outlive it: buffers on the device, of `most` floats at most,
+   * are reduced by NCCL. Collective. */
+  esp_status (*comm)(esp_backend *be, esp_comm *host, int64_t most, esp_comm **out);
 } esp_plugin;
 /* The one exported symbol. NULL: the abi does not fit. */
 typedef const esp_plugin *(*esp_plugin_open_fn)(const esp_plugin_host *host);

@@ -40,6 +40,8 @@ bool cli_open_job(cli_args *a, esp_job **job, int *code) {
   int64_t threads = 0;
   if (!cli_integer(a, "threads", 1, 4096, &threads)) return *code = ESP_ERR_RECIPE, false;
   if (output && !cli_override(a, "checkpoint.output_dir", output)) return *code = ESP_ERR_MEMORY, false;
+  const char *device = cli_value(a, "device");
+  if (device && !cli_override(a, "parallel.device", device)) return *code = ESP_ERR_MEMORY, false;
   char text[24];
   snprintf(text, sizeof text, "%lld", (long long)threads);
   if (threads && !cli_override_plain(a, "parallel.threads", text)) return *code = ESP_ERR_MEMORY, false;

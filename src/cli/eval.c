@@ -4,6 +4,7 @@
 static const cli_option options[] = {
     {"adapter", "DIR", 'a', false, "PEFT adapter directory; without it the base is measured"},
     {"threads", "N", 't', false, "threads of this process (parallel.threads)"},
+    {"device", "NAME", 'd', false, "auto, cpu, cuda or cuda:N (parallel.device)"},
     {"set", "KEY=VALUE", 0, false, "override a value of the recipe; as a plain argument too"},
 };
 

@@ -15,6 +15,7 @@ static const cli_option options[] = {
     {"seed", "N", 0, false, "of the sampling (default 0)"},
     {"raw", NULL, 0, false, "the prompt as it is, without BOS"},
     {"threads", "N", 't', false, "threads of this process"},
+    {"device", "NAME", 'd', false, "auto, cpu, cuda or cuda:N"},
     {"set", "KEY=VALUE", 0, false, "a setting, e.g. model.dtype=fp32; as a plain argument too"},
 };
 
@@ -58,6 +59,8 @@ static int generate(cli_args *a) {
     if (!from_stdin) return cli_usage_error(a->verb, "cannot read the standard input");
     prompts[n++] = from_stdin;
   }
+  const char *device = cli_value(a, "device");
+  if (device && !cli_override(a, "parallel.device", device)) return ESP_ERR_MEMORY;
   esp_status st = threads ? esp_set_threads((int)threads) : ESP_OK;
   if (st == ESP_OK) st = esp_session_open(cli_value(a, "model"), a->overrides, a->n_overrides, &s);
   if (st == ESP_OK && cli_value(a, "adapter")) st = esp_session_attach(s, cli_value(a, "adapter"));

@@ -4,12 +4,17 @@
 static const cli_option options[] = {
     {"output", "DIR", 'o', false, "the run's folder (checkpoint.output_dir)"},
     {"threads", "N", 't', false, "threads of this process (parallel.threads)"},
+    {"device", "NAME", 'd', false, "auto, cpu, cuda or cuda:N (parallel.device)"},
     {"set", "KEY=VALUE", 0, false, "override a value of the recipe; as a plain argument too"},
     {"resolved", NULL, 0, false, "print the resolved recipe with the origin of each value, and nothing else"},
 };
 
 static void print_json(const esp_plan *p) {
-  printf("{\"peak_bytes\": %lld, \"limit_bytes\": %lld, \"fits\": %s, \"steps\": %lld, \"tokens\": %lld, "
+  printf("{\"device\": \"%s\", \"device_peak_bytes\": %lld, \"device_overhead_bytes\": %lld, "
+         "\"device_limit_bytes\": %lld, ",
+         p->device, (long long)p->device_peak_bytes, (long long)p->device_overhead_bytes,
+         (long long)p->device_limit_bytes);
+  printf("\"peak_bytes\": %lld, \"limit_bytes\": %lld, \"fits\": %s, \"steps\": %lld, \"tokens\": %lld, "
          "\"flops\": %.9g, \"flops_per_step\": %.9g, \"trainable\": %lld, \"parameters\": %lld, "
          "\"micro_batch_tokens\": %lld, \"ranks\": %d, \"memory\": {",
          (long long)p->peak_bytes, (long long)p->limit_bytes, p->fits ? "true" : "false", (long long)p->steps,
@@ -48,8 +53,21 @@ static void print_text(const esp_plan *p) {
   for (int i = 0; i < p->n_categories; i++)
     if (p->category_bytes[i])
       printf("  %-24s %12s\n", p->category_name[i], cli_bytes((double)p->category_bytes[i], a, sizeof a));
-  printf("  %-24s %12s of %s: %s\n\n", "peak", cli_bytes((double)p->peak_bytes, a, sizeof a),
-         cli_bytes((double)p->limit_bytes, b, sizeof b), p->fits ? "fits" : "DOES NOT FIT");
+  bool on_device = p->device_peak_bytes > 0, host_fits = p->peak_bytes <= p->limit_bytes;
+  printf("  %-24s %12s of %s: %s\n", on_device ? "peak on the host" : "peak",
+         cli_bytes((double)p->peak_bytes, a, sizeof a), cli_bytes((double)p->limit_bytes, b, sizeof b),
+         host_fits ? "fits" : "DOES NOT FIT");
+  if (on_device) {
+    printf("  %-24s %12s and %s for CUDA itself", "peak on the device",
+           cli_bytes((double)p->device_peak_bytes, a, sizeof a),
+           cli_bytes((double)p->device_overhead_bytes, b, sizeof b));
+    if (p->device_limit_bytes)
+      printf(" of %s: %s\n", cli_bytes((double)p->device_limit_bytes, c, sizeof c),
+             p->fits || !host_fits ? "fits" : "DOES NOT FIT");
+    else
+      puts("; this machine has no device to compare with");
+  }
+  putchar('\n');
   printf("trained %s of %s parameters, largest micro-batch %lld tokens, %s FLOP per step\n",
          cli_count((double)p->trainable, a, sizeof a), cli_count((double)p->parameters, b, sizeof b),
          (long long)p->micro_batch_tokens, cli_count(p->flops_per_step, c, sizeof c));
@@ -73,8 +91,10 @@ static int plan(cli_args *a) {
     else
       print_text(p);
     if (!p->fits) {
-      fprintf(stderr, "espalier plan: the run needs %lld bytes, memory.limit is %lld\n", (long long)p->peak_bytes,
-              (long long)p->limit_bytes);
+      bool host = p->peak_bytes > p->limit_bytes;
+      fprintf(stderr, "espalier plan: the run needs %lld bytes%s, memory.limit is %lld\n",
+              (long long)(host ? p->peak_bytes : p->device_peak_bytes + p->device_overhead_bytes),
+              host ? "" : " of the device", (long long)(host ? p->limit_bytes : p->device_limit_bytes));
       st = ESP_ERR_MEMORY;
     }
     code = (int)st;

@@ -9,14 +9,15 @@ static const cli_option options[] = {
     {"stop-after", "N", 0, false, "stop with a complete checkpoint after step N of the run"},
     {"dry-run", NULL, 0, false, "what `plan` does"},
     {"threads", "N", 't', false, "threads of this process (parallel.threads)"},
+    {"device", "NAME", 'd', false, "auto, cpu, cuda or cuda:N (parallel.device)"},
     {"set", "KEY=VALUE", 0, false, "override a value of the recipe; as a plain argument too"},
 };
 
 static void result_json(const esp_run_result *r, esp_status st) {
   printf("{\"event\": \"result\", \"status\": %d, \"steps\": %lld, \"tokens\": %lld, \"trainable\": %lld, "
-         "\"parameters\": %lld, \"memory_peak\": %lld, \"seconds\": ",
+         "\"parameters\": %lld, \"memory_peak\": %lld, \"device_peak\": %lld, \"device\": \"%s\", \"seconds\": ",
          (int)st, (long long)r->steps, (long long)r->tokens, (long long)r->trainable, (long long)r->parameters,
-         (long long)r->memory_peak);
+         (long long)r->memory_peak, (long long)r->device_peak, r->device);
   cli_json_number(stdout, r->seconds);
   fputs(", \"last_loss\": ", stdout);
   cli_json_number(stdout, r->last_loss);
@@ -43,7 +44,9 @@ void cli_print_result(const cli_args *a, esp_status st, const esp_run_result *r,
          cli_count(r->seconds > 0 ? (double)r->tokens / r->seconds : 0, rate, sizeof rate), r->last_loss,
          cli_count((double)r->trainable, trainable, sizeof trainable),
          r->parameters ? 100.0 * (double)r->trainable / (double)r->parameters : 0,
-         cli_bytes((double)r->memory_peak, memory, sizeof memory));
+         cli_bytes((double)(r->device_peak ? r->device_peak : r->memory_peak), memory, sizeof memory));
+  if (r->device_peak)
+    printf("on %s; peak in host memory %s\n", r->device, cli_bytes((double)r->memory_peak, memory, sizeof memory));
   if (!r->has_matrix || st != ESP_OK) return;
   char *text = NULL;
   if (esp_run_matrix(run_dir, 0, &text) == ESP_OK) fputs(text, stdout);

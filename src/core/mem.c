@@ -45,7 +45,7 @@ typedef struct block_header {
 _Static_assert(sizeof(block_header) <= HEADER_BYTES, "the header must fit in front of the block");
 
 static _Atomic int64_t now_bytes[ESP_MEM_KINDS], peak_bytes[ESP_MEM_KINDS];
-static _Atomic int64_t now_total, peak_total;
+static _Atomic int64_t now_total, peak_total, now_device, peak_device;
 
 const char *esp_mem_kind_name(esp_mem_kind kind) {
   static const char *const names[ESP_MEM_KINDS] = {"weights",   "params", "optim", "activations",
@@ -60,13 +60,19 @@ static void raise_peak(_Atomic int64_t *peak, int64_t value) {
   }
 }
 
+static void account(_Atomic int64_t *now, _Atomic int64_t *peak, int64_t delta) {
+  int64_t value = atomic_fetch_add_explicit(now, delta, memory_order_relaxed) + delta;
+  if (delta > 0) raise_peak(peak, value);
+}
+
 void esp_mem_account(esp_mem_kind kind, int64_t delta) {
-  int64_t k = atomic_fetch_add_explicit(&now_bytes[kind], delta, memory_order_relaxed) + delta;
-  int64_t t = atomic_fetch_add_explicit(&now_total, delta, memory_order_relaxed) + delta;
-  if (delta > 0) {
-    raise_peak(&peak_bytes[kind], k);
-    raise_peak(&peak_total, t);
-  }
+  account(&now_bytes[kind], &peak_bytes[kind], delta);
+  account(&now_total, &peak_total, delta);
+}
+
+void esp_mem_account_device(esp_mem_kind kind, int64_t delta) {
+  account(&now_bytes[kind], &peak_bytes[kind], delta);
+  account(&now_device, &peak_device, delta);
 }
 
 static block_header *header_of(void *ptr) {
@@ -199,11 +205,14 @@ void esp_mem_stats_get(esp_mem_stats *out) {
   }
   out->now_total = atomic_load_explicit(&now_total, memory_order_relaxed);
   out->peak_total = atomic_load_explicit(&peak_total, memory_order_relaxed);
+  out->now_device = atomic_load_explicit(&now_device, memory_order_relaxed);
+  out->peak_device = atomic_load_explicit(&peak_device, memory_order_relaxed);
 }
 
 void esp_mem_stats_reset_peak(void) {
   for (int k = 0; k < ESP_MEM_KINDS; k++) atomic_store(&peak_bytes[k], atomic_load(&now_bytes[k]));
   atomic_store(&peak_total, atomic_load(&now_total));
+  atomic_store(&peak_device, atomic_load(&now_device));
 }
 
 void esp_mem_trim(void) {

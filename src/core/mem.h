@@ -32,12 +32,14 @@ char *esp_mem_printf(esp_mem_kind kind, const char *fmt, ...) __attribute__((for
 
 typedef struct esp_mem_stats {
   int64_t now[ESP_MEM_KINDS], peak[ESP_MEM_KINDS]; /* bytes; peaks per category need not coincide in time */
-  int64_t now_total, peak_total;
+  int64_t now_total, peak_total;                   /* memory of the host */
+  int64_t now_device, peak_device;                 /* memory of a device; the categories hold both */
 } esp_mem_stats;
 void esp_mem_stats_get(esp_mem_stats *out);
 void esp_mem_stats_reset_peak(void);
 /* For memory obtained elsewhere but owned by us, and for the counting backend (adds to the same books). */
 void esp_mem_account(esp_mem_kind kind, int64_t delta_bytes);
+void esp_mem_account_device(esp_mem_kind kind, int64_t delta_bytes);
 /* Gives pages of freed small blocks back to the system: for the end of a phase that made and freed many. */
 void esp_mem_trim(void);
 

@@ -98,7 +98,7 @@ static void through_cache(esp_pass *p, int layer, const esp_attn_args *a) {
                         .o = a->o,
                         .k_cache = kc,
                         .v_cache = vc,
-                        .lens = p->kv_lens,
+                        .positions = p->run.d_positions,
                         .max_len = kv->max_len,
                         .heads = a->heads,
                         .kv_heads = a->kv_heads,

@@ -2,6 +2,7 @@
  * the next block's; with full checkpointing a block keeps its input only and its forward runs again before its
  * backward. Backward stops at the lowest block in which something is trained. */
 #include <string.h>
+#include <xxhash.h>
 
 #include "model/internal.h"
 
@@ -24,6 +25,34 @@ esp_status esp_batch_check(const esp_model *m, const esp_batch *b, bool labels) 
   return ESP_OK;
 }
 
+/* Everything that the operations of a pass depend on beside the contents of memory. A batch whose weights are streamed
+ * or whose adapters work on the host is issued each time. */
+uint64_t esp_pass_piece(const esp_pass *p, int part, int variant) {
+  const esp_run *run = &p->run;
+  const esp_model *m = run->model;
+  const esp_adapter_hooks *h = m->hooks;
+  uint64_t version = h ? (h->version ? h->version(h->ctx) : 0) : 1;
+  if (!run->be->ops->piece_begin || version == 0 || esp_model_streams(m)) return 0;
+  uint64_t facts[16] = {(uint64_t)part,
+                        (uint64_t)variant,
+                        (uint64_t)p->tokens,
+                        p->seqs,
+                        version,
+                        (uint64_t)(uintptr_t)h,
+                        (uint64_t)run->train,
+                        run->seed,
+                        (uint64_t)(uintptr_t)run->stack->base,
+                        (uint64_t)run->stack->top,
+                        (uint64_t)(uintptr_t)p->kv,
+                        p->kv ? (uint64_t)(uintptr_t)p->kv->k : 0,
+                        (uint64_t)p->decode,
+                        (uint64_t)(uintptr_t)m->cos_t,
+                        m->work.revision,
+                        m->loads};
+  uint64_t key = XXH3_64bits(facts, sizeof facts);
+  return key ? key : 1;
+}
+
 esp_status esp_pass_begin(esp_pass *p, esp_model *m, esp_stack *stack, const esp_batch *b, int64_t head_rows,
                           bool train) {
   ESP_TRY(esp_model_load_weights(m)); /* loads what an adapter switched off since the last pass leaves to the base */
@@ -40,13 +69,15 @@ esp_status esp_pass_begin(esp_pass *p, esp_model *m, esp_stack *stack, const esp
                           .batch = b,
                           .d_ids = d_ids,
                           .d_positions = d_pos,
+                          .draw = (const uint64_t *)((char *)m->work.buf[ESP_W_TOTAL] + ESP_TOTAL_DRAW),
                           .compute = m->opt.compute,
                           .train = train},
-                  .tokens = b->tokens};
+                  .tokens = b->tokens,
+                  .seqs = m->be->ops->attn_begin(m->be, b->cu_seqlens, b->n_seqs)};
   return ESP_OK;
 }
 
-void esp_decoder_forward(esp_pass *p, esp_ckpt_mode ckpt) {
+static void forward(esp_pass *p, esp_ckpt_mode ckpt) {
   esp_run *run = &p->run;
   esp_model *m = run->model;
   int64_t t = p->tokens, hidden = m->d.hidden;
@@ -66,7 +97,12 @@ void esp_decoder_forward(esp_pass *p, esp_ckpt_mode ckpt) {
   run->be->ops->axpby(run->be, y, 1.0f, m->saved[m->d.layers - 1].r1, 1.0f);
 }
 
-static void decoder_backward(esp_pass *p, esp_ckpt_mode ckpt, int lowest) {
+void esp_decoder_forward(esp_pass *p, esp_ckpt_mode ckpt, uint64_t piece, uint64_t pair) {
+  if (!esp_backend_piece_begin(p->run.be, piece, pair)) forward(p, ckpt);
+  esp_backend_piece_end(p->run.be, piece);
+}
+
+static void backward(esp_pass *p, esp_ckpt_mode ckpt, int lowest) {
   esp_run *run = &p->run;
   esp_model *m = run->model;
   esp_tensor none = {0};
@@ -113,14 +149,42 @@ esp_status esp_model_step(esp_model *m, esp_stack *stack, const esp_batch *b, es
   for (int64_t t = 0; t < b->tokens; t++) labelled += b->weights[t] != 0.0f;
   ESP_TRY(esp_pass_begin(&p, m, stack, b, labelled ? labelled : 1, train));
   p.run.seed = seed;
-  p.run.draw = draw;
+  uint64_t number = (uint64_t)draw;
+  m->be->ops->upload(m->be, (void *)p.run.draw, &number, sizeof number);
+  if (out) ESP_TRY(esp_model_sums_reset(m));
   int64_t mark = esp_stack_mark(stack);
   int lowest = train ? lowest_trained(m) : m->d.layers + 1;
-  esp_decoder_forward(&p, ckpt);
-  esp_status st = esp_head_loss(&p, scale, train, lowest <= m->d.layers, out, logprob);
-  if (st == ESP_OK && train && out->weight_sum != 0.0) decoder_backward(&p, ckpt, lowest);
+  /* Forward and backward are recorded and replayed together or not at all. */
+  bool back = train && labelled > 0;
+  int variant = lowest * 2 + (ckpt == ESP_CKPT_FULL);
+  uint64_t first = back ? esp_pass_piece(&p, ESP_PIECE_FORWARD, variant) : 0;
+  uint64_t second = first ? esp_pass_piece(&p, ESP_PIECE_BACKWARD, variant) : 0;
+  esp_decoder_forward(&p, ckpt, first, second);
+  double weight_sum;
+  esp_status st = esp_head_loss(&p, scale, train, lowest <= m->d.layers, &weight_sum, logprob);
+  if (st == ESP_OK && back) {
+    if (!esp_backend_piece_begin(m->be, second, 0)) backward(&p, ckpt, lowest);
+    esp_backend_piece_end(m->be, second);
+  }
   esp_stack_release(stack, mark);
-  return st == ESP_OK ? esp_backend_sync(m->be) : st;
+  if (st == ESP_OK && out) st = esp_model_sums(m, out);
+  if (out) out->weight_sum = weight_sum;
+  return st == ESP_OK ? m->be->sticky : st;
+}
+
+esp_status esp_model_sums_reset(esp_model *m) {
+  ESP_TRY(esp_work_ensure(m, 0, 0, false));
+  m->be->ops->zero(m->be, (char *)m->work.buf[ESP_W_TOTAL] + ESP_TOTAL_SUMS, 16);
+  return m->be->sticky;
+}
+
+esp_status esp_model_sums(esp_model *m, esp_loss_out *out) {
+  double sums[2] = {0, 0};
+  *out = (esp_loss_out){0};
+  m->be->ops->download(m->be, sums, (char *)m->work.buf[ESP_W_TOTAL] + ESP_TOTAL_SUMS, sizeof sums);
+  out->loss_sum = sums[0];
+  out->correct = (int64_t)sums[1];
+  return esp_backend_sync(m->be);
 }
 
 esp_status esp_model_logits(esp_model *m, esp_stack *stack, const esp_batch *b, const int32_t *rows, int n_rows,
@@ -133,7 +197,7 @@ esp_status esp_model_logits(esp_model *m, esp_stack *stack, const esp_batch *b, 
   if (n_rows <= 0) return ESP_OK;
   ESP_TRY(esp_pass_begin(&p, m, stack, b, n_rows, false));
   int64_t mark = esp_stack_mark(stack);
-  esp_decoder_forward(&p, ESP_CKPT_OFF);
+  esp_decoder_forward(&p, ESP_CKPT_OFF, 0, 0);
   esp_status st = esp_head_logits(&p, rows, n_rows, logits);
   esp_stack_release(stack, mark);
   return st == ESP_OK ? esp_backend_sync(m->be) : st;

@@ -59,13 +59,14 @@ typedef enum esp_work_id {
   ESP_W_QK2,
   ESP_W_LOGITS, /* fp32 [chunk, vocab], then their gradients */
   ESP_W_STAT,   /* rstd and mean of the final norm */
-  ESP_W_IDS,    /* ids, positions, rows, targets, weights, argmax, logprob: [tokens] of 4 bytes each */
-  ESP_W_TOTAL,  /* the loss sum, one double */
+  ESP_W_IDS,    /* ids, positions, rows, targets, weights, logprob: [tokens] of 4 bytes each */
+  ESP_W_TOTAL,  /* the sums of the loss (two doubles), the draw of dropout */
   ESP_W_COUNT
 } esp_work_id;
 typedef struct esp_work {
   void *buf[ESP_W_COUNT];
   int64_t bytes[ESP_W_COUNT];
+  uint64_t revision; /* changes when an address does */
 } esp_work;
 
 struct esp_model {
@@ -92,6 +93,8 @@ struct esp_model {
   float *cos_t, *sin_t; /* [rope_rows, rot/2], backend memory */
   int64_t rope_rows;
   esp_work work;
+  struct esp_stream *stream; /* NULL: weights are resident */
+  uint64_t loads;            /* changes when a weight is loaded or moves */
   bool loaded;
 };
 
@@ -108,10 +111,10 @@ struct esp_kv {
 typedef struct esp_pass {
   esp_run run;
   int64_t tokens;
-  esp_kv *kv;  /* NULL: no cache */
-  bool decode; /* attention reads the cache only */
+  esp_kv *kv;    /* NULL: no cache */
+  bool decode;   /* attention reads the cache only */
+  uint64_t seqs; /* what attn_begin answered */
   int32_t *d_rows;
-  const int32_t *kv_lens;
 } esp_pass;
 
 /* desc.c: ESP_ERR_DATA with a message that stays one line whatever names the files bring. */
@@ -121,6 +124,13 @@ esp_status esp_model_refuse(const char *fmt, ...) ESP_PRINTF(1, 2);
 esp_status esp_sites_build(esp_model *m);
 
 /* weights.c, weights_read.c */
+bool esp_model_streams(const esp_model *m); /* frozen weights lie in host memory and are brought in as needed */
+/* weights_stream.c. add takes `host` (pack_host's answer) over when it succeeds and fills w's table. Destroyed after
+ * every weight that was added. */
+typedef struct esp_stream esp_stream;
+esp_status esp_stream_create(esp_stream **out);
+esp_status esp_stream_add(esp_stream *s, esp_backend *be, void *host, esp_weight *w, esp_dtype compute);
+void esp_stream_destroy(esp_stream *s, esp_backend *be);
 esp_status esp_weights_bind(esp_model *m); /* tensors of the file to sites, strictly */
 void esp_weights_release(esp_model *m);
 /* Rows [r0, r0+n) as fp32 [n, in]. */
@@ -139,8 +149,9 @@ esp_tensor esp_work_tensor(const esp_model *m, esp_work_id id, int64_t rows, int
 int64_t esp_head_chunk(const esp_model *m, int64_t rows); /* rows of logits that exist at a time */
 int64_t esp_logits_stride(const esp_model *m);            /* elements from one row of logits to the next */
 int32_t *esp_work_ints(const esp_model *m, int which);
-enum { ESP_INTS_IDS, ESP_INTS_POS, ESP_INTS_ROWS, ESP_INTS_TARGETS, ESP_INTS_WEIGHTS, ESP_INTS_ARGMAX, ESP_INTS_LOGP };
-#define ESP_INTS_COUNT 7
+enum { ESP_INTS_IDS, ESP_INTS_POS, ESP_INTS_ROWS, ESP_INTS_TARGETS, ESP_INTS_WEIGHTS, ESP_INTS_LOGP };
+#define ESP_INTS_COUNT 6
+enum { ESP_TOTAL_SUMS = 0, ESP_TOTAL_DRAW = 16, ESP_TOTAL_BYTES = 24 }; /* bytes in ESP_W_TOTAL */
 
 /* group.c. keep_only: the product itself is not needed (recomputation), only what hooks keep for backward. */
 void esp_group_forward(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, bool keep_only);
@@ -168,13 +179,18 @@ void esp_mlp_forward(esp_pass *p, int layer, esp_saved *s, bool keep_only);
 void esp_mlp_backward(esp_pass *p, int layer, esp_saved *s);
 
 /* loss.c. Both read the residual stream in ESP_W_Y. */
-esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, esp_loss_out *out, float *logprob);
+/* weight_sum: of the labelled rows; the loss goes to the sums in ESP_W_TOTAL. */
+esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, double *weight_sum, float *logprob);
 esp_status esp_head_logits(esp_pass *p, const int32_t *rows, int64_t n, float *logits);
 
 /* decoder.c */
 esp_status esp_batch_check(const esp_model *m, const esp_batch *b, bool labels);
 esp_status esp_pass_begin(esp_pass *p, esp_model *m, esp_stack *stack, const esp_batch *b, int64_t head_rows,
                           bool train);
-void esp_decoder_forward(esp_pass *p, esp_ckpt_mode ckpt); /* leaves the residual stream in ESP_W_Y */
+/* piece: what esp_pass_piece answered, 0: none; pair: the backward's. Leaves the residual stream in ESP_W_Y. */
+void esp_decoder_forward(esp_pass *p, esp_ckpt_mode ckpt, uint64_t piece, uint64_t pair);
+/* The key of a part of this pass for replay, 0 where nothing may be replayed. */
+uint64_t esp_pass_piece(const esp_pass *p, int part, int variant);
+enum { ESP_PIECE_FORWARD = 1, ESP_PIECE_BACKWARD = 2 };
 
 #endif

@@ -44,11 +44,10 @@ static esp_status cached_pass(esp_kv *kv, esp_stack *stack, const esp_batch *b, 
   ESP_TRY(esp_pass_begin(&p, m, stack, b, n_rows, false));
   p.kv = kv;
   p.decode = decode;
-  p.kv_lens = kv->lens;
   p.d_rows = esp_work_ints(m, ESP_INTS_TARGETS); /* there are no targets here */
   m->be->ops->upload(m->be, p.d_rows, cache_rows, b->tokens * 4);
   int64_t mark = esp_stack_mark(stack);
-  esp_decoder_forward(&p, ESP_CKPT_OFF);
+  esp_decoder_forward(&p, ESP_CKPT_OFF, decode ? esp_pass_piece(&p, ESP_PIECE_FORWARD, 0) : 0, 0);
   esp_status st = esp_head_logits(&p, rows, n_rows, logits);
   esp_stack_release(stack, mark);
   return st == ESP_OK ? esp_backend_sync(m->be) : st;

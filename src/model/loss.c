@@ -6,11 +6,6 @@
 
 #include "model/internal.h"
 
-/* A chunk's dropout must not repeat the first chunk's: its draw number is set apart in the high bits. */
-static int64_t chunk_draw(int64_t draw, int64_t chunk) {
-  return draw + (chunk << 40);
-}
-
 /* [n, vocab] in the logits' buffer. Rows are apart by whole cache lines, one more than the vocabulary takes: rows that
  * are a multiple of 4096 bytes apart, as most vocabularies would have them, share their cache sets, and a tile of 16 of
  * them no longer fits the first level. Each row of gradients lies at the start of its row of logits. */
@@ -44,37 +39,31 @@ static esp_status collect(const esp_batch *b, labelled *l) {
   return ESP_OK;
 }
 
-/* Per chunk: argmax and log-probabilities come back to the host. */
-static void account(esp_pass *p, const labelled *l, int64_t at, int64_t n, esp_loss_out *out, float *logprob) {
-  esp_model *m = p->run.model;
+/* log p of every labelled row, to its place in the batch. */
+static esp_status bring_logprob(esp_pass *p, const labelled *l, float *logprob) {
   esp_backend *be = p->run.be;
-  union {
-    int32_t i[256];
-    float f[256];
-  } host;
-  for (int64_t i = 0; i < n; i += 256) {
-    int64_t k = n - i < 256 ? n - i : 256;
-    be->ops->download(be, host.i, esp_work_ints(m, ESP_INTS_ARGMAX) + i, k * 4);
-    for (int64_t j = 0; j < k; j++) out->correct += host.i[j] == l->targets[at + i + j];
-    if (!logprob) continue;
-    be->ops->download(be, host.f, (float *)esp_work_ints(m, ESP_INTS_LOGP) + i, k * 4);
-    for (int64_t j = 0; j < k; j++) logprob[l->rows[at + i + j]] = host.f[j];
-  }
+  float *host = esp_mem_alloc(ESP_MEM_HOST, (size_t)l->n * sizeof *host);
+  if (!host) return ESP_ERR_MEMORY;
+  be->ops->download(be, host, esp_work_ints(p->run.model, ESP_INTS_LOGP), l->n * 4);
+  for (int64_t i = 0; i < l->n; i++) logprob[l->rows[i]] = host[i];
+  esp_mem_free(host);
+  return ESP_OK;
 }
 
-esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, esp_loss_out *out, float *logprob) {
+esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, double *weight_sum, float *logprob) {
   esp_run *run = &p->run;
   esp_model *m = run->model;
   esp_backend *be = run->be;
-  int64_t hidden = m->d.hidden, draw = run->draw;
+  int64_t hidden = m->d.hidden;
   esp_tensor none = {0};
   labelled l = {0};
-  *out = (esp_loss_out){0};
+  esp_status st = ESP_OK;
+  *weight_sum = 0;
   ESP_TRY(collect(run->batch, &l));
   esp_tensor dr = esp_work_tensor(m, ESP_W_DR, p->tokens, hidden);
   if (train && need_dx) be->ops->zero(be, dr.data, esp_tensor_bytes(&dr));
   if (l.n == 0) goto out;
-  for (int64_t i = 0; i < l.n; i++) out->weight_sum += (double)l.weights[i];
+  for (int64_t i = 0; i < l.n; i++) *weight_sum += (double)l.weights[i];
 
   int32_t *d_rows = esp_work_ints(m, ESP_INTS_ROWS), *d_targets = esp_work_ints(m, ESP_INTS_TARGETS);
   float *d_weights = (float *)esp_work_ints(m, ESP_INTS_WEIGHTS), *rstd = m->work.buf[ESP_W_STAT];
@@ -82,7 +71,6 @@ esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, esp
   be->ops->upload(be, d_rows, l.rows, l.n * 4);
   be->ops->upload(be, d_targets, l.targets, l.n * 4);
   be->ops->upload(be, d_weights, l.weights, l.n * 4);
-  be->ops->zero(be, m->work.buf[ESP_W_TOTAL], 8);
 
   esp_tensor stream = esp_work_tensor(m, ESP_W_Y, p->tokens, hidden);
   esp_tensor r = esp_work_tensor(m, ESP_W_WIDE, l.n, hidden), x = esp_work_tensor(m, ESP_W_NORMED, l.n, hidden);
@@ -96,7 +84,7 @@ esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, esp
     int64_t mark = esp_stack_mark(run->stack);
     esp_tensor xc = esp_tensor_rows_view(&x, at, n), logits = padded(m, n, ESP_F32);
     esp_tensor dlogits = padded(m, n, run->compute); /* over the logits, row by row */
-    run->draw = chunk_draw(draw, c);
+    run->part = c;
     esp_group_forward(run, m->head, xc, logits, false);
     esp_ce_args ce = {.logits = logits,
                       .d = train ? dlogits : none,
@@ -104,16 +92,14 @@ esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, esp
                       .weights = d_weights + at,
                       .scale = scale,
                       .softcap = m->d.final_softcap,
-                      .loss_sum = m->work.buf[ESP_W_TOTAL],
-                      .logprob = logprob ? (float *)esp_work_ints(m, ESP_INTS_LOGP) : NULL,
-                      .argmax = esp_work_ints(m, ESP_INTS_ARGMAX)};
+                      .sums = (double *)((char *)m->work.buf[ESP_W_TOTAL] + ESP_TOTAL_SUMS),
+                      .logprob = logprob ? (float *)esp_work_ints(m, ESP_INTS_LOGP) + at : NULL};
     be->ops->cross_entropy(be, &ce);
-    account(p, &l, at, n, out, logprob);
     if (train) esp_group_backward(run, m->head, xc, dlogits, need_dx ? esp_tensor_rows_view(&dx, at, n) : none);
     esp_stack_release(run->stack, mark);
   }
-  run->draw = draw;
-  be->ops->download(be, &out->loss_sum, m->work.buf[ESP_W_TOTAL], 8);
+  run->part = 0;
+  if (logprob) ESP_GOTO(bring_logprob(p, &l, logprob));
   if (train && need_dx) {
     esp_tensor d_rows_r = esp_work_tensor(m, ESP_W_Y, l.n, hidden); /* the stream itself is no longer needed */
     esp_norm_backward(run, m->final_norm, r, dx, d_rows_r, rstd, mean, false);
@@ -121,14 +107,14 @@ esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, esp
   }
 out:
   esp_mem_free(l.rows);
-  return ESP_OK;
+  return st;
 }
 
 esp_status esp_head_logits(esp_pass *p, const int32_t *rows, int64_t n, float *logits) {
   esp_run *run = &p->run;
   esp_model *m = run->model;
   esp_backend *be = run->be;
-  int64_t hidden = m->d.hidden, vocab = m->d.vocab, draw = run->draw, c = 0;
+  int64_t hidden = m->d.hidden, vocab = m->d.vocab, c = 0;
   int64_t chunk = esp_head_chunk(m, n < p->tokens ? n : p->tokens);
   esp_tensor none = {0}, stream = esp_work_tensor(m, ESP_W_Y, p->tokens, hidden);
   for (int64_t at = 0; at < n; at += chunk, c++) {
@@ -139,12 +125,12 @@ esp_status esp_head_logits(esp_pass *p, const int32_t *rows, int64_t n, float *l
     be->ops->upload(be, d_rows, rows + at, k * 4);
     be->ops->gather_rows(be, r, stream, d_rows);
     esp_norm_forward(run, m->final_norm, r, none, none, x, NULL, NULL);
-    run->draw = chunk_draw(draw, c);
+    run->part = c;
     esp_group_forward(run, m->head, x, y, false);
     be->ops->download(be, logits + at * vocab, y.data, k * vocab * 4);
     esp_stack_release(run->stack, mark);
   }
-  run->draw = draw;
+  run->part = 0;
   if (m->d.final_softcap > 0.0f && !esp_backend_counts(be))
     for (int64_t i = 0; i < n * vocab; i++) logits[i] = m->d.final_softcap * tanhf(logits[i] / m->d.final_softcap);
   return ESP_OK;

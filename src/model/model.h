@@ -78,7 +78,10 @@ typedef struct esp_run { /* what every part needs while a step runs */
   esp_dtype compute;
   bool train; /* keep what backward needs */
   uint64_t seed;
-  int64_t draw; /* counter for dropout: unique per (optimizer step, micro-batch); same when recomputed */
+  /* Dropout: *draw (backend memory) is unique per (optimizer step, micro-batch) and the same when recomputed; `part`
+   * sets the chunks of the head apart. */
+  const uint64_t *draw;
+  int64_t part;
 } esp_run;
 
 /* What the model calls around each group and the other sites; implemented once in adapters/attach.c over the kinds. */
@@ -103,6 +106,9 @@ typedef struct esp_adapter_hooks {
    * How far down backward has to go: the lowest block with a trained adapter; -1: an embedding is adapted; the number
    * of layers: only the head is. NULL: -1. */
   int (*lowest_layer)(void *ctx);
+  /* What the operations that the hooks issue depend on beside the shapes: equal versions, equal operations on equal
+   * addresses. 0 (or NULL): the hooks do work on the host, so that nothing may be replayed. */
+  uint64_t (*version)(void *ctx);
 } esp_adapter_hooks;
 
 typedef enum esp_ckpt_mode { ESP_CKPT_OFF, ESP_CKPT_FULL } esp_ckpt_mode;
@@ -111,6 +117,7 @@ typedef struct esp_model_options {
   esp_dtype compute; /* ESP_BF16 or ESP_F32 */
   bool random_init;  /* make fresh weights (normal, 0.02; residual projections scaled) instead of reading the file */
   uint64_t seed;
+  bool offload_base; /* frozen weights stay in host memory and are streamed (a backend with pack_host) */
 } esp_model_options;
 
 /* Builds sites and groups from <dir>/config.json and the safetensors headers: reads no weight. */
@@ -149,8 +156,13 @@ typedef struct esp_loss_out {
 /* Forward, loss and backward of one micro-batch. Gradients accumulate in the parameter stores (fp32), already scaled
  * by `scale` (1 / global trained-token weight of the optimizer step). dx below the lowest trained site is skipped.
  * logprob (optional, host [T]): log p(targets[t]) where weight != 0. train false: forward and loss only. */
+/* out NULL: the sums are added to those of earlier steps, without waiting for the backend; esp_model_sums reads them.
+ */
 esp_status esp_model_step(esp_model *m, esp_stack *stack, const esp_batch *b, esp_ckpt_mode ckpt, bool train,
                           float scale, uint64_t seed, int64_t draw, esp_loss_out *out, float *logprob);
+esp_status esp_model_sums_reset(esp_model *m);
+/* Waits. loss_sum and correct of every step since the reset; weight_sum is the caller's. */
+esp_status esp_model_sums(esp_model *m, esp_loss_out *out);
 /* fp32 logits of chosen rows (host [n_rows, vocab]) for tests, verification and `merge --verify`. */
 esp_status esp_model_logits(esp_model *m, esp_stack *stack, const esp_batch *b, const int32_t *rows, int n_rows,
                             float *logits);

@@ -21,10 +21,6 @@ static void resident_destroy(esp_weight *w, esp_backend *be) {
 }
 static const esp_weight_ops resident_ops = {resident_borrow, resident_give_back, resident_destroy};
 
-static bool on_host(const esp_backend *be) {
-  return esp_backend_counts(be) || !strcmp(be->ops->name, "cpu");
-}
-
 /* The tensor that `pack` reads: the file's own bytes when they can be used as they are, else an fp32 copy in *temp
  * (fresh weights, a rewritten base, fp64 or unaligned storage). */
 static esp_status operand(const esp_model *m, const esp_site *s, bool as_fp32, esp_tensor *out, float **temp) {
@@ -57,6 +53,30 @@ static bool needs_fp32(const esp_model *m, const esp_site *s) {
   return e->dtype == ESP_F64 || (uintptr_t)e->data % esp_dtype_size(e->dtype) != 0;
 }
 
+bool esp_model_streams(const esp_model *m) {
+  return m->stream != NULL;
+}
+
+/* The operand on the backend, or in host memory behind the stream. */
+static esp_status place(esp_model *m, const esp_tensor *t, int n, bool transposed, esp_weight *w) {
+  esp_backend *be = m->be;
+  if (!m->opt.offload_base) {
+    w->impl = be->ops->pack(be, t, n, transposed, m->opt.compute);
+    if (!w->impl) return be->sticky ? be->sticky : ESP_ERR_MEMORY;
+    w->ops = &resident_ops;
+    return ESP_OK;
+  }
+  if (!be->ops->pack_host)
+    return esp_fail(ESP_ERR_RECIPE, "memory.offload_base: the %s backend computes in host memory already",
+                    be->ops->name);
+  if (!m->stream) ESP_TRY(esp_stream_create(&m->stream));
+  void *host = be->ops->pack_host(be, t, n, transposed, m->opt.compute);
+  if (!host) return be->sticky ? be->sticky : ESP_ERR_MEMORY;
+  esp_status st = esp_stream_add(m->stream, be, host, w, m->opt.compute);
+  if (st != ESP_OK) be->ops->host_free(be, host);
+  return st;
+}
+
 static esp_status pack_sites(esp_model *m, esp_site **sites, int n, esp_weight *w) {
   esp_status st = ESP_OK;
   esp_tensor t[3];
@@ -69,12 +89,8 @@ static esp_status pack_sites(esp_model *m, esp_site **sites, int n, esp_weight *
     as_fp32 = as_fp32 || needs_fp32(m, sites[i]);
   }
   for (int i = 0; i < n; i++) ESP_GOTO(operand(m, sites[i], as_fp32, &t[i], &temp[i]));
-  w->impl = m->be->ops->pack(m->be, t, n, sites[0]->transposed && !as_fp32, m->opt.compute);
-  if (!w->impl) {
-    st = m->be->sticky ? m->be->sticky : ESP_ERR_MEMORY;
-    goto out;
-  }
-  w->ops = &resident_ops;
+  ESP_GOTO(place(m, t, n, sites[0]->transposed && !as_fp32, w));
+  m->loads++;
   for (int i = 0; i < n; i++) {
     esp_site_state *ss = &m->ss[sites[i]->index];
     esp_mem_free(ss->delta); /* it is in the operand now */
@@ -112,6 +128,7 @@ static esp_status load_bias(esp_model *m, esp_group *g) {
     goto out;
   }
   m->be->ops->upload(m->be, data, host, g->out * 4);
+  m->loads++;
   g->bias = esp_tensor_1d(data, ESP_F32, g->out);
 out:
   esp_mem_free(host);
@@ -167,6 +184,7 @@ static esp_status upload_fp32(esp_model *m, const float *host, int64_t n, esp_te
   void *data = m->be->ops->alloc(m->be, ESP_MEM_WEIGHTS, n * 4);
   if (!data) return ESP_ERR_MEMORY;
   m->be->ops->upload(m->be, data, host, n * 4);
+  m->loads++;
   *out = esp_tensor_1d(data, ESP_F32, n);
   return ESP_OK;
 }
@@ -195,8 +213,8 @@ static esp_status load_table(esp_model *m, esp_site *s) {
   esp_site_state *ss = &m->ss[s->index];
   const esp_st_entry *e = ss->weight;
   bool counting = esp_backend_counts(m->be);
-  bool in_place =
-      e && on_host(m->be) && e->dtype != ESP_F64 && (counting || (uintptr_t)e->data % esp_dtype_size(e->dtype) == 0);
+  bool in_place = e && esp_backend_on_host(m->be) && e->dtype != ESP_F64 &&
+                  (counting || (uintptr_t)e->data % esp_dtype_size(e->dtype) == 0);
   if (in_place) {
     if (!counting) {
       ESP_TRY(esp_check_finite(e));
@@ -214,6 +232,7 @@ static esp_status load_table(esp_model *m, esp_site *s) {
   if (!data) return ESP_ERR_MEMORY;
   ss->w = esp_tensor_2d(data, t, s->in, s->out);
   ss->w_owned = ss->loaded = true;
+  m->loads++;
   if (counting) return ESP_OK;
   esp_status st = ESP_OK;
   const int64_t step = 1024; /* rows at a time */
@@ -249,6 +268,7 @@ static esp_status check_tied(const esp_model *m) {
 }
 
 esp_status esp_model_load_weights(esp_model *m) {
+  uint64_t before = m->loads;
   if (!m->loaded) ESP_TRY(check_tied(m));
   for (int i = 0; i < m->n_sites; i++) {
     esp_site *s = m->sites[i];
@@ -259,7 +279,7 @@ esp_status esp_model_load_weights(esp_model *m) {
   }
   for (int i = 0; i < m->n_groups; i++) ESP_TRY(settle_group(m, m->groups[i]));
   m->loaded = true;
-  return esp_backend_sync(m->be);
+  return m->loads == before ? ESP_OK : esp_backend_sync(m->be);
 }
 
 void esp_weights_release(esp_model *m) {
@@ -270,6 +290,8 @@ void esp_weights_release(esp_model *m) {
       if (m->gs[i].site_weight[k].ops) m->gs[i].site_weight[k].ops->destroy(&m->gs[i].site_weight[k], m->be);
     if (g->bias.data) m->be->ops->free(m->be, g->bias.data);
   }
+  esp_stream_destroy(m->stream, m->be);
+  m->stream = NULL;
   for (int i = 0; m->ss && i < m->n_sites; i++) {
     esp_site_state *ss = &m->ss[i];
     bool norm = m->sites[i]->kind == ESP_SITE_NORM;

@@ -38,7 +38,7 @@ esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, bool
       [ESP_W_LOGITS] = chunk * esp_logits_stride(m) * 4,
       [ESP_W_STAT] = 2 * tokens * 4,
       [ESP_W_IDS] = ESP_INTS_COUNT * tokens * 4,
-      [ESP_W_TOTAL] = 8,
+      [ESP_W_TOTAL] = ESP_TOTAL_BYTES,
   };
   for (int i = 0; i < ESP_W_COUNT; i++) {
     if (want[i] <= m->work.bytes[i]) continue;
@@ -47,6 +47,7 @@ esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, bool
     m->work.buf[i] = m->be->ops->alloc(m->be, ESP_MEM_WORKSPACE, want[i]);
     if (!m->work.buf[i]) return ESP_ERR_MEMORY;
     m->work.bytes[i] = want[i];
+    m->work.revision++;
   }
   return ESP_OK;
 }

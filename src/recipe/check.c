@@ -51,6 +51,15 @@ static void check_template(esp_binder *b, const esp_node *at, const char *path, 
                  esp_suggest(builtin ? name + 8 : name, names, n, hint, sizeof hint));
 }
 
+static void check_device(esp_binder *b, const esp_node *root) {
+  const char *d = b->recipe->parallel.device;
+  if (!d || !strcmp(d, "auto") || !strcmp(d, "cpu") || !strcmp(d, "cuda")) return;
+  const char *n = !strncmp(d, "cuda:", 5) ? d + 5 : "";
+  if (*n && strspn(n, "0123456789") == strlen(n) && strlen(n) < 4) return;
+  esp_bind_error(b, node_at(root, "parallel", "device"),
+                 "parallel.device: '%.40s' is not one of auto, cpu, cuda, cuda:N (N a number)", d);
+}
+
 static void check_sections(esp_binder *b, const esp_node *map, const char *prefix, const esp_data_cfg *data,
                            const esp_optim_cfg *optim, const esp_adapter_cfg *adapter) {
   char path[64];
@@ -119,6 +128,7 @@ static void place_outputs(esp_binder *b) {
 void esp_check_recipe(esp_binder *b, const esp_node *root) {
   esp_recipe *r = b->recipe;
   check_names(b, root);
+  check_device(b, root);
   check_keep_best(b, root);
   check_sections(b, root, "", &r->data, &r->optim, &r->adapter);
   check_length(b, root, "", &r->train);

@@ -88,10 +88,13 @@ typedef struct esp_recipe {
     esp_ckpt_mode activation_checkpointing;
     int64_t limit_bytes; /* 0: what the machine has (share below) */
     double limit_share;  /* 0.95 */
+    bool offload_base;   /* frozen weights stay in host memory and are streamed to the device */
   } memory;
   struct {
-    const char *comm; /* auto | self | mpi */
-    int threads;      /* 0: auto */
+    const char *comm;   /* auto | self | mpi */
+    int threads;        /* 0: auto */
+    const char *device; /* auto | cpu | cuda | cuda:N */
+    bool tf32;
   } parallel;
   struct {
     int64_t every; /* steps; 0: only at task ends */

@@ -150,7 +150,10 @@ static const esp_key memory_keys[] = {
      .aliases = "gradient_checkpointing enable_activation_checkpointing",
      .help = "full: only the input of each block is kept, the block is computed again in backward"},
     {"limit", ESP_T_LIMIT, AT(memory.limit_bytes), .def = "95%", .flags = ESP_K_NOHASH,
-     .help = "a run that needs more is refused: a percentage of the machine's memory or a size (12GiB)"},
+     .help = "a run that needs more is refused: a percentage of the machine's memory or a size (12GiB); with a GPU, of "
+             "its memory"},
+    {"offload_base", ESP_T_BOOL, AT(memory.offload_base), .def = "false", .flags = ESP_K_NOHASH,
+     .help = "frozen weights stay in host memory and are streamed to the GPU a layer ahead: for bases larger than it"},
 };
 
 static const esp_key parallel_keys[] = {
@@ -158,6 +161,10 @@ static const esp_key parallel_keys[] = {
      .help = "how ranks talk; auto: mpi under mpirun or srun, else self"},
     {"threads", ESP_T_INT32, AT(parallel.threads), .def = "auto", .flags = ESP_K_NOHASH, RANGE(1, 4096), .word = "auto",
      .help = "threads of this process; auto: the processors it may use"},
+    {"device", ESP_T_STRING, AT(parallel.device), .def = "auto", .flags = ESP_K_NOHASH | ESP_K_COMMON,
+     .help = "auto, cpu, cuda or cuda:N; auto: a GPU where there is one, ranks take one each"},
+    {"tf32", ESP_T_BOOL, AT(parallel.tf32), .def = "false",
+     .help = "products of dtype fp32 may round their operands to 10 bits of mantissa on a GPU"},
 };
 
 #define SET(field) .offset = offsetof(esp_eval_set, field)
@@ -311,7 +318,7 @@ static const esp_key root_keys[] = {
     {"schedule", ESP_T_OBJECT, .object = &schedule_object, .flags = ESP_K_COMMON},
     {"train", ESP_T_OBJECT, .object = &train_object, .flags = ESP_K_COMMON},
     {"memory", ESP_T_OBJECT, .object = &memory_object, .flags = ESP_K_COMMON},
-    {"parallel", ESP_T_OBJECT, .object = &parallel_object},
+    {"parallel", ESP_T_OBJECT, .object = &parallel_object, .flags = ESP_K_COMMON},
     {"eval", ESP_T_OBJECT, .object = &eval_object, .flags = ESP_K_COMMON},
     {"continual", ESP_T_OBJECT, .object = &continual_object, .flags = ESP_K_COMMON},
     {"tasks", ESP_T_OBJECTS, LIST(tasks, n_tasks), .flags = ESP_K_REQUIRED | ESP_K_NONEMPTY | ESP_K_COMMON,

@@ -1,16 +1,37 @@
 /* engine.c: what a step runs on. The same code builds it on `cpu` for a run and on `count` for a plan. */
 #include <string.h>
 
+#include "backend/plugin.h"
 #include "train/train.h"
 
-esp_status esp_engine_init(esp_engine *e, const esp_recipe *r, esp_comm *comm, const char *backend) {
+const char *esp_engine_device(const esp_recipe *r) {
+  return strcmp(r->parallel.device, "auto") ? r->parallel.device : esp_device_auto(NULL, 0);
+}
+
+esp_status esp_engine_init(esp_engine *e, const esp_recipe *r, esp_comm *comm, bool counting) {
+  const char *device = esp_engine_device(r);
   memset(e, 0, sizeof *e);
   e->r = r;
   e->comm = comm;
-  return esp_backend_create(backend, &e->be);
+  if (counting) device = strcmp(device, "cpu") ? "count:cuda" : "count";
+  ESP_TRY(esp_backend_create(device, &e->be));
+  e->be->tf32 = r->parallel.tf32;
+  return ESP_OK;
+}
+
+/* Gradients on devices are reduced there. */
+static esp_status device_comm(esp_engine *e) {
+  const esp_plugin *plugin;
+  if (e->comm->size == 1 || e->be->on_host || esp_backend_counts(e->be) || !e->adapter) return ESP_OK;
+  esp_comm_destroy(e->device_comm);
+  e->device_comm = NULL;
+  ESP_TRY(esp_plugin_load(&plugin));
+  return plugin->comm(e->be, e->comm, e->adapter->params->total, &e->device_comm);
 }
 
 void esp_engine_unload(esp_engine *e) {
+  esp_comm_destroy(e->device_comm);
+  e->device_comm = NULL;
   esp_optim_destroy(e->optim);
   esp_adapter_destroy(e->adapter);
   esp_model_close(e->model);
@@ -30,7 +51,7 @@ void esp_engine_deinit(esp_engine *e) {
 esp_status esp_engine_load(esp_engine *e, const char *base, const esp_adapter_cfg *cfg, const char *adapter_dir,
                            bool trainable) {
   esp_engine_unload(e);
-  esp_model_options o = {e->r->model.dtype, e->r->model.random_init, e->r->seed};
+  esp_model_options o = {e->r->model.dtype, e->r->model.random_init, e->r->seed, e->r->memory.offload_base};
   ESP_TRY(esp_model_open(base, e->be, &o, &e->model));
   if (adapter_dir)
     ESP_TRY(esp_adapter_load(e->model, adapter_dir, "default", trainable, &e->adapter));
@@ -38,7 +59,8 @@ esp_status esp_engine_load(esp_engine *e, const char *base, const esp_adapter_cf
     ESP_TRY(esp_adapter_create(e->model, cfg, "default", trainable, &e->adapter));
   if (e->adapter) ESP_TRY(esp_adapters_activate(e->model, &e->adapter, 1));
   ESP_TRY(esp_model_load_weights(e->model));
-  return esp_backend_sync(e->be);
+  ESP_TRY(esp_backend_sync(e->be));
+  return device_comm(e);
 }
 
 esp_status esp_engine_optim(esp_engine *e, const esp_optim_cfg *cfg, bool keep) {

@@ -17,6 +17,13 @@
 
 static esp_status refuse_memory(const esp_plan *p) {
   if (p->fits) return ESP_OK;
+  if (p->peak_bytes <= p->limit_bytes || p->limit_bytes == 0)
+    return esp_fail(
+        ESP_ERR_MEMORY,
+        "the run needs %.1f MiB of the device (%.1f MiB of them for CUDA itself), the limit is %.1f MiB (see "
+        "`plan`; memory.offload_base and memory.activation_checkpointing make it smaller)",
+        (double)(p->device_peak_bytes + p->device_overhead_bytes) / 1048576, (double)p->device_overhead_bytes / 1048576,
+        (double)p->device_limit_bytes / 1048576);
   int most = 0;
   for (int k = 1; k < p->n_categories; k++)
     if (p->category_bytes[k] > p->category_bytes[most]) most = k;
@@ -55,7 +62,12 @@ static esp_status begin_task(esp_loop *l, int i, bool first) {
     ESP_TRY(esp_comm_agree(l->comm, esp_engine_load(&l->engine, base, &cfg, NULL, true)));
   }
   esp_status st = esp_engine_optim(&l->engine, &t->optim, !fresh && !l->r->continual.reset_optimizer);
-  if (st == ESP_OK && !l->engine.stack_ready) st = esp_engine_stack(&l->engine, l->plan.stack_bytes);
+  if (st == ESP_OK && !l->engine.stack_ready) {
+    esp_backend *be = l->engine.be;
+    st = esp_engine_stack(&l->engine, l->plan.stack_bytes);
+    if (st == ESP_OK && be->ops->scratch) be->ops->scratch(be, l->plan.scratch_bytes);
+    if (st == ESP_OK) st = be->sticky;
+  }
   return esp_comm_agree(l->comm, st);
 }
 
@@ -307,7 +319,7 @@ static esp_status run(esp_loop *l, bool resume) {
   esp_loop_phase(l, "load");
   esp_mem_trim();             /* what reading text and tokenizer left free */
   esp_mem_stats_reset_peak(); /* the plan's books are closed: from here the peak is the run's own */
-  ESP_TRY(esp_comm_agree(l->comm, esp_engine_init(&l->engine, l->r, l->comm, "cpu")));
+  ESP_TRY(esp_comm_agree(l->comm, esp_engine_init(&l->engine, l->r, l->comm, false)));
   ESP_TRY(begin_task(l, (int)at->task, true));
   /* Only now does anything appear on disk: weights that cannot be read leave no half of a run, and no run is replaced.
    */

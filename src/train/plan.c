@@ -3,10 +3,12 @@
  * The same setup and the same step as in a run are executed over the counting backend, with the largest micro-batch
  * there is; the books of core/mem.h then hold what the run will hold. Datasets and tokenizer are real in both.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "backend/plugin.h"
 #include "io/file.h"
 #include "train/train.h"
 
@@ -97,6 +99,27 @@ out:
   return st;
 }
 
+/* With a device, memory.limit is of its memory; the host's is bounded by what the machine has. */
+static void device_fit(const esp_recipe *r, const esp_mem_stats *s, esp_plan *p) {
+  const esp_plugin *plugin;
+  esp_plugin_probe probe = {0};
+  const char *name = esp_engine_device(r);
+  int n = strlen(name) > 5 ? atoi(name + 5) : 0;
+  esp_recipe machine = {0};
+  machine.memory.limit_share = 0.95;
+  p->limit_bytes = esp_memory_limit(&machine);
+  p->device_peak_bytes = s->peak_device;
+  p->device_overhead_bytes = ESP_CUDA_OVERHEAD;
+  if (esp_plugin_load(&plugin) == ESP_OK) plugin->probe(&probe);
+  if (n < probe.n_devices) {
+    /* the probe's own context is among what is not free */
+    p->device_limit_bytes = (int64_t)((double)probe.device[n].memory_bytes * r->memory.limit_share);
+  }
+  if (r->memory.limit_bytes > 0) p->device_limit_bytes = r->memory.limit_bytes;
+  p->fits = p->peak_bytes <= p->limit_bytes &&
+            (!p->device_limit_bytes || p->device_peak_bytes + p->device_overhead_bytes <= p->device_limit_bytes);
+}
+
 esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm *comm, const esp_train_hooks *hooks,
                           esp_plan_detail *out) {
   esp_status st = ESP_OK;
@@ -112,7 +135,7 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   for (int i = 0; i < r->n_tasks; i++) ESP_GOTO(esp_task_count(r, i, d->task[i], comm->size, &out->task[i]));
   esp_mem_stats_reset_peak();
   ESP_GOTO(esp_comm_create("self", &alone));
-  ESP_GOTO(esp_engine_init(&e, r, alone, "count"));
+  ESP_GOTO(esp_engine_init(&e, r, alone, true));
   for (int i = 0; i < r->n_tasks; i++) {
     const esp_task_steps *c = &out->task[i];
     double flops = 0;
@@ -127,17 +150,23 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   }
   p->flops_per_step = p->steps ? p->flops / (double)p->steps : 0;
   out->stack_bytes = e.stack.high;
+  out->scratch_bytes = e.be->ops->scratch ? e.be->ops->scratch(e.be, 0) : 0;
+  snprintf(p->device, sizeof p->device, "%s", e.be->on_host ? "cpu" : "cuda");
   esp_mem_stats s;
   esp_mem_stats_get(&s);
-  int64_t reduce = comm->size > 1 ? esp_comm_workspace(comm->size, e.adapter->params->total) : 0;
+  bool nccl = comm->size > 1 && !e.be->on_host; /* the plug-in's own segment buffer */
+  int64_t reduce = comm->size > 1 && !nccl ? esp_comm_workspace(comm->size, e.adapter->params->total) : 0;
   p->peak_bytes = s.peak_total + reduce;
+  int64_t segments = nccl ? esp_comm_device_workspace(comm->size, e.adapter->params->total) : 0;
+  s.peak_device += segments;
   p->n_categories = ESP_MEM_KINDS;
   for (int k = 0; k < ESP_MEM_KINDS; k++) {
     p->category_name[k] = esp_mem_kind_name((esp_mem_kind)k);
-    p->category_bytes[k] = s.peak[k] + (k == ESP_MEM_WORKSPACE ? reduce : 0);
+    p->category_bytes[k] = s.peak[k] + (k == ESP_MEM_WORKSPACE ? reduce + segments : 0);
   }
   p->limit_bytes = esp_memory_limit(r);
   p->fits = p->peak_bytes <= p->limit_bytes;
+  if (!e.be->on_host) device_fit(r, &s, p);
 out:
   esp_engine_deinit(&e);
   esp_comm_destroy(alone);

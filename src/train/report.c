@@ -102,6 +102,8 @@ void esp_loop_result(const esp_loop *l, esp_run_result *out) {
   esp_mem_stats s;
   esp_mem_stats_get(&s);
   out->memory_peak = s.peak_total;
+  out->device_peak = s.peak_device;
+  if (l->engine.be) snprintf(out->device, sizeof out->device, "%s", l->engine.be->device);
   if (l->plan.plan) {
     out->trainable = l->plan.plan->trainable;
     out->parameters = l->plan.plan->parameters;
@@ -125,6 +127,11 @@ esp_status esp_loop_save_result(const esp_loop *l, const esp_run_result *r) {
                         (json_int_t)p->peak_bytes, "trainable", (json_int_t)r->trainable, "parameters",
                         (json_int_t)r->parameters, "ranks", l->comm->size, "tasks", r->n_tasks);
   if (!j) return esp_fail_oom("result.json", 1024);
+  if (r->device_peak) {
+    json_object_set_new(j, "device", json_string(r->device));
+    json_object_set_new(j, "device_peak", json_integer((json_int_t)r->device_peak));
+    json_object_set_new(j, "planned_device_peak", json_integer((json_int_t)p->device_peak_bytes));
+  }
   json_object_set_new(j, "seconds", real(r->seconds));
   json_object_set_new(j, "last_loss", real(r->last_loss));
   if (r->has_matrix)

@@ -29,6 +29,7 @@ typedef struct sums { /* added over ranks as one message */
 } sums;
 
 static esp_status micro_batches(esp_engine *e, const esp_step_in *in, esp_rows *rows, float scale, sums *s) {
+  ESP_TRY(esp_model_sums_reset(e->model));
   for (int64_t m = 0; m < in->accumulate; m++) {
     int64_t slot = m * e->comm->size + e->comm->rank;
     int64_t first = (in->epoch_step * in->accumulate * e->comm->size + slot) * in->micro_batch, real = 0;
@@ -36,14 +37,15 @@ static esp_status micro_batches(esp_engine *e, const esp_step_in *in, esp_rows *
     ESP_TRY(fetch(in, first, rows, &real));
     esp_batch b = {rows->tokens,  rows->ids,        rows->targets, rows->positions,
                    rows->weights, rows->cu_seqlens, rows->n_seqs};
-    esp_loss_out loss = {0};
     ESP_TRY(
-        esp_model_step(e->model, &e->stack, &b, in->ckpt, true, scale, in->seed, (in->step << 20) + slot, &loss, NULL));
-    s->loss += loss.loss_sum;
-    s->correct += (double)loss.correct;
+        esp_model_step(e->model, &e->stack, &b, in->ckpt, true, scale, in->seed, (in->step << 20) + slot, NULL, NULL));
     s->tokens += (double)real;
     for (int64_t t = 0; t < rows->tokens; t++) s->trained += rows->weights[t] != 0.0f;
   }
+  esp_loss_out loss;
+  ESP_TRY(esp_model_sums(e->model, &loss)); /* the one wait of the step's computation */
+  s->loss = loss.loss_sum;
+  s->correct = (double)loss.correct;
   return ESP_OK;
 }
 
@@ -71,7 +73,7 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
   if (e->comm->size > 1) {
     ESP_TRY(e->comm->ops->all_reduce_f64(e->comm, (double *)&s, sizeof s / sizeof(double)));
     if (s.failed > 0) return esp_comm_agree(e->comm, st);
-    ESP_TRY(e->comm->ops->all_reduce_f32(e->comm, ps->grad, ps->total));
+    ESP_TRY(esp_comm_reduce(e->device_comm ? e->device_comm : e->comm, e->be, ps->grad, ps->total));
   }
   if (st != ESP_OK) return st;
 

@@ -47,6 +47,7 @@ void esp_train_data_deinit(esp_train_data *d);
 typedef struct esp_engine {
   const esp_recipe *r;
   esp_comm *comm;
+  esp_comm *device_comm; /* on top of comm, where gradients lie on devices; NULL: through comm */
   esp_backend *be;
   esp_model *model;
   esp_adapter *adapter;
@@ -54,8 +55,10 @@ typedef struct esp_engine {
   esp_stack stack;
   bool stack_ready;
 } esp_engine;
-/* backend: "cpu" or "count". */
-esp_status esp_engine_init(esp_engine *e, const esp_recipe *r, esp_comm *comm, const char *backend);
+/* What the recipe's device means on this machine: "cpu", "cuda", "cuda:N". */
+const char *esp_engine_device(const esp_recipe *r);
+/* counting: on the backend that counts for that device. */
+esp_status esp_engine_init(esp_engine *e, const esp_recipe *r, esp_comm *comm, bool counting);
 void esp_engine_deinit(esp_engine *e);
 /* Opens `base`, attaches the adapter of the configuration (adapter_dir NULL: new; else loaded and trainable as said),
  * loads the weights. The stack, if there is one, stays. cfg NULL and adapter_dir NULL: the bare base. */
@@ -109,9 +112,10 @@ esp_status esp_task_count(const esp_recipe *r, int task, const esp_dataset *d, i
 
 /* ---- plan ---- */
 typedef struct esp_plan_detail {
-  esp_plan *plan;       /* owned; NULL when not wanted */
-  int64_t stack_bytes;  /* what the activation stack needs */
-  esp_task_steps *task; /* [n_tasks], esp_mem */
+  esp_plan *plan;        /* owned; NULL when not wanted */
+  int64_t stack_bytes;   /* what the activation stack needs */
+  int64_t scratch_bytes; /* and the operations of a device */
+  esp_task_steps *task;  /* [n_tasks], esp_mem */
 } esp_plan_detail;
 esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm *comm, const esp_train_hooks *hooks,
                           esp_plan_detail *out);

@@ -1,11 +1,13 @@
 /* count.c: the counting backend. It computes nothing: each operation adds its floating-point operations, the bytes it
  * must read and write, and one launch. Memory is fake (addresses that fault when touched) but accounted in the same
- * books as real memory, and scratch grows exactly as the cpu backend's does, so `plan` is a training step on it. */
+ * books as real memory, and scratch grows exactly as that of the modelled backend (cpu or cuda) does, so `plan` is a
+ * training step on it. */
 #include <string.h>
 
 #include "backend/backend.h"
 #include "backend/cpu/gemm.h"
 #include "backend/cpu/work.h"
+#include "backend/cuda/need.h"
 #include "core/cpu.h"
 
 #define FAKE_BASE 0x0100000000000000ull /* not canonical on x86-64: a dereference faults at once */
@@ -14,17 +16,27 @@ typedef struct fake_block {
   uint64_t at;
   esp_mem_kind kind;
   int64_t bytes;
+  bool host; /* of the host, whatever is modelled */
 } fake_block;
 
 typedef struct count_impl {
+  esp_backend_ops ops;
+  bool cuda; /* models the cuda backend, else the cpu's */
   uint64_t next;
   fake_block *blocks;
   int count, cap;
-  int64_t work_bytes; /* as esp_cpu_work holds them */
+  int64_t work_bytes; /* as esp_cpu_work or esp_cuda_scratch holds them */
   esp_gemm_need gemm; /* as the products hold them */
 } count_impl;
 
-static void *fake_alloc(esp_backend *be, esp_mem_kind kind, int64_t bytes) {
+static void account(const count_impl *c, bool host, esp_mem_kind kind, int64_t delta) {
+  if (c->cuda && !host)
+    esp_mem_account_device(kind, delta);
+  else
+    esp_mem_account(kind, delta);
+}
+
+static void *fake_block_new(esp_backend *be, bool host, esp_mem_kind kind, int64_t bytes) {
   count_impl *c = be->impl;
   if (c->count == c->cap) {
     int cap = c->cap ? 2 * c->cap : 256;
@@ -33,17 +45,20 @@ static void *fake_alloc(esp_backend *be, esp_mem_kind kind, int64_t bytes) {
     c->blocks = blocks;
     c->cap = cap;
   }
-  c->blocks[c->count++] = (fake_block){c->next, kind, bytes};
+  c->blocks[c->count++] = (fake_block){c->next, kind, bytes, host};
   void *p = (void *)(uintptr_t)c->next;
   c->next += ((uint64_t)bytes + 127) / 64 * 64; /* one line between blocks: each address is unique */
-  esp_mem_account(kind, bytes);
+  account(c, host, kind, bytes);
   return p;
+}
+static void *fake_alloc(esp_backend *be, esp_mem_kind kind, int64_t bytes) {
+  return fake_block_new(be, false, kind, bytes);
 }
 static void fake_free(esp_backend *be, void *ptr) {
   count_impl *c = be->impl;
   for (int i = c->count - 1; i >= 0; i--)
     if (c->blocks[i].at == (uint64_t)(uintptr_t)ptr) {
-      esp_mem_account(c->blocks[i].kind, -c->blocks[i].bytes);
+      account(c, c->blocks[i].host, c->blocks[i].kind, -c->blocks[i].bytes);
       memmove(c->blocks + i, c->blocks + i + 1, (size_t)(c->count - i - 1) * sizeof *c->blocks);
       c->count--;
       return;
@@ -52,9 +67,13 @@ static void fake_free(esp_backend *be, void *ptr) {
 static void work(esp_backend *be, int64_t bytes) {
   count_impl *c = be->impl;
   if (bytes <= c->work_bytes) return;
-  esp_mem_account(ESP_MEM_WORKSPACE, -c->work_bytes);
-  esp_mem_account(ESP_MEM_WORKSPACE, bytes);
+  account(c, false, ESP_MEM_WORKSPACE, -c->work_bytes);
+  account(c, false, ESP_MEM_WORKSPACE, bytes);
   c->work_bytes = bytes;
+}
+
+static bool models_cuda(const esp_backend *be) {
+  return ((const count_impl *)be->impl)->cuda;
 }
 
 static void add(esp_backend *be, double flops, double bytes) {
@@ -86,8 +105,8 @@ static esp_status sync(esp_backend *be) {
 static void destroy(esp_backend *be) {
   count_impl *c = be->impl;
   if (c) {
-    for (int i = 0; i < c->count; i++) esp_mem_account(c->blocks[i].kind, -c->blocks[i].bytes);
-    esp_mem_account(ESP_MEM_WORKSPACE, -c->work_bytes);
+    for (int i = 0; i < c->count; i++) account(c, c->blocks[i].host, c->blocks[i].kind, -c->blocks[i].bytes);
+    account(c, false, ESP_MEM_WORKSPACE, -c->work_bytes);
     esp_mem_account(ESP_MEM_WORKSPACE, -esp_gemm_need_bytes(&c->gemm));
     esp_mem_free(c->blocks);
   }
@@ -95,10 +114,39 @@ static void destroy(esp_backend *be) {
   esp_mem_free(be);
 }
 
-static void *pack(esp_backend *be, const esp_tensor *w, int n, bool transposed, esp_dtype compute) {
+static void *host_alloc(esp_backend *be, int64_t bytes) {
+  return fake_block_new(be, true, ESP_MEM_HOST, bytes);
+}
+static int64_t scratch(esp_backend *be, int64_t at_least) {
+  work(be, at_least);
+  return ((count_impl *)be->impl)->work_bytes;
+}
+static void stage(esp_backend *be, int channel, void *dst, const void *host, int64_t bytes) {
+  (void)channel, (void)dst, (void)host;
+  add(be, 0, (double)bytes);
+}
+static void stage_wait(esp_backend *be, int channel) {
+  (void)be, (void)channel;
+}
+static uint64_t attn_begin(esp_backend *be, const int32_t *cu_seqlens, int n_seqs) {
+  (void)be, (void)cu_seqlens, (void)n_seqs;
+  return 0;
+}
+
+static int64_t pack_bytes(esp_backend *be, int64_t out, int64_t in, esp_dtype compute) {
+  const count_impl *c = be->impl;
+  return c->cuda ? esp_cuda_pack_bytes(out, in, compute) : esp_cpu_pack_bytes(out, in, compute);
+}
+static int64_t packed_size(esp_backend *be, const esp_tensor *w, int n, bool transposed, esp_dtype compute) {
   int64_t out = 0, in = n ? w[0].shape[transposed ? 0 : 1] : 0;
   for (int i = 0; i < n; i++) out += w[i].shape[transposed ? 1 : 0];
-  return fake_alloc(be, ESP_MEM_WEIGHTS, esp_cpu_pack_bytes(out, in, compute));
+  return pack_bytes(be, out, in, compute);
+}
+static void *pack_host(esp_backend *be, const esp_tensor *w, int n, bool transposed, esp_dtype compute) {
+  return host_alloc(be, packed_size(be, w, n, transposed, compute));
+}
+static void *pack(esp_backend *be, const esp_tensor *w, int n, bool transposed, esp_dtype compute) {
+  return fake_alloc(be, ESP_MEM_WEIGHTS, packed_size(be, w, n, transposed, compute));
 }
 static double weight_bytes(const esp_wview *w, esp_tensor x) {
   return w->packed ? (double)(w->out * w->in) * (double)esp_dtype_size(x.dtype) : bytes_of(w->dense);
@@ -127,6 +175,10 @@ static void linear(esp_backend *be, esp_tensor y, esp_tensor x, const esp_wview 
   double bytes = bytes_of(x) + weight_bytes(w, x) + bytes_of(bias) + bytes_of(y) * (beta != 0 ? 2 : 1);
   tails_cost(tails, n_tails, y, &flops, &bytes);
   add(be, flops, bytes);
+  if (models_cuda(be)) {
+    work(be, esp_cuda_need_linear(y, x, w, bias, tails, n_tails));
+    return;
+  }
   esp_gemm_need old = products_begin(be);
   esp_cpu_linear(be, y, x, w, bias, tails, n_tails, beta);
   products_end(be, old);
@@ -137,6 +189,10 @@ static void linear_dx(esp_backend *be, esp_tensor dx, esp_tensor dy, const esp_w
   double bytes = bytes_of(dy) + weight_bytes(w, dy) + bytes_of(dx) * (beta != 0 ? 2 : 1);
   tails_cost(tails, n_tails, dx, &flops, &bytes);
   add(be, flops, bytes);
+  if (models_cuda(be)) {
+    work(be, esp_cuda_need_linear_dx(dx, dy, w, tails, n_tails));
+    return;
+  }
   esp_gemm_need old = products_begin(be);
   esp_cpu_linear_dx(be, dx, dy, w, tails, n_tails, beta);
   products_end(be, old);
@@ -145,6 +201,10 @@ static void matmul(esp_backend *be, esp_tensor c, esp_tensor a, bool trans_a, es
                    float beta) {
   double k = (double)(trans_a ? esp_tensor_rows(&a) : esp_tensor_cols(&a));
   add(be, 2 * numel(c) * k, bytes_of(a) + bytes_of(b) + bytes_of(c) * (beta != 0 ? 2 : 1));
+  if (models_cuda(be)) {
+    work(be, esp_cuda_need_matmul(c, a, trans_a, b, trans_b));
+    return;
+  }
   esp_gemm_need old = products_begin(be);
   esp_cpu_matmul(be, c, a, trans_a, b, trans_b, alpha, beta);
   products_end(be, old);
@@ -156,6 +216,7 @@ static void embed(esp_backend *be, esp_tensor y, esp_tensor table, const int32_t
 }
 static void embed_bwd(esp_backend *be, float *dtable, esp_tensor dy, const int32_t *ids, float scale) {
   (void)dtable, (void)ids, (void)scale;
+  if (models_cuda(be)) work(be, esp_cuda_need_embed_bwd(esp_tensor_rows(&dy)));
   add(be, 2 * numel(dy), bytes_of(dy) + 8 * numel(dy));
 }
 static void norm(esp_backend *be, const esp_norm_args *a) {
@@ -163,6 +224,7 @@ static void norm(esp_backend *be, const esp_norm_args *a) {
       bytes_of(a->x) + bytes_of(a->residual) + bytes_of(a->residual.data ? a->r_out : a->residual) + bytes_of(a->y));
 }
 static void norm_bwd(esp_backend *be, const esp_norm_bwd_args *a) {
+  if (models_cuda(be)) work(be, esp_cuda_need_norm_bwd(a));
   double passes = a->dw || a->db ? 2 : 1;
   add(be, 10 * numel(a->r) * passes,
       passes * (bytes_of(a->r) + bytes_of(a->dy)) + bytes_of(a->dx) * (a->accumulate ? 2 : 1));
@@ -183,19 +245,18 @@ static double attn_pairs(const esp_attn_args *a) {
   return pairs;
 }
 static void attn(esp_backend *be, const esp_attn_args *a) {
-  work(be, esp_cpu_work_attn(a));
+  work(be, models_cuda(be) ? esp_cuda_need_attn(a) : esp_cpu_work_attn(a));
   add(be, 4 * attn_pairs(a) * a->heads * a->head_dim,
       bytes_of(a->q) + bytes_of(a->k) + bytes_of(a->v) + bytes_of(a->o));
 }
 static void attn_bwd(esp_backend *be, const esp_attn_args *a) {
-  work(be, esp_cpu_work_attn_bwd(a));
+  work(be, models_cuda(be) ? esp_cuda_need_attn_bwd(a) : esp_cpu_work_attn_bwd(a));
   add(be, 10 * attn_pairs(a) * a->heads * a->head_dim,
       2 * (bytes_of(a->q) + bytes_of(a->k) + bytes_of(a->v) + bytes_of(a->o)));
 }
 static void attn_decode(esp_backend *be, const esp_decode_args *a) {
-  work(be, esp_cpu_work_decode(a));
-  double keys = 0;
-  for (int64_t b = 0; b < esp_tensor_rows(&a->q); b++) keys += a->lens[b];
+  work(be, models_cuda(be) ? esp_cuda_need_decode(a) : esp_cpu_work_decode(a));
+  double keys = (double)(esp_tensor_rows(&a->q) * a->max_len); /* the most there can be: lengths are not known here */
   add(be, 4 * keys * a->heads * a->head_dim,
       2 * keys * a->kv_heads * a->head_dim * (double)esp_dtype_size(a->k_cache.dtype));
 }
@@ -216,7 +277,7 @@ static void act_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x,
   add(be, 25 * numel(x), bytes_of(dx) + bytes_of(dy) + bytes_of(x));
 }
 static void cross_entropy(esp_backend *be, const esp_ce_args *a) {
-  work(be, esp_cpu_work_ce(esp_tensor_rows(&a->logits)));
+  work(be, models_cuda(be) ? esp_cuda_need_cross_entropy(a) : esp_cpu_work_ce(esp_tensor_rows(&a->logits)));
   add(be, (a->d.data ? 40 : 20) * numel(a->logits), bytes_of(a->logits) + bytes_of(a->d));
 }
 static void axpby(esp_backend *be, esp_tensor y, float a, esp_tensor x, float b) {
@@ -234,15 +295,18 @@ static void scatter_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int3
   (void)y, (void)rows;
   add(be, 0, 2 * bytes_of(x));
 }
-static void dropout(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, uint64_t stream, float beta) {
-  (void)p, (void)seed, (void)stream;
+static void dropout(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, const uint64_t *draw,
+                    uint64_t stream, float beta) {
+  (void)p, (void)seed, (void)draw, (void)stream;
   add(be, 2 * numel(y), bytes_of(x) + bytes_of(y) * (beta != 0 ? 2 : 1));
 }
 static void col_sum(esp_backend *be, float *out, esp_tensor x) {
   (void)out;
+  if (models_cuda(be)) work(be, esp_cuda_need_col_sum(esp_tensor_rows(&x), esp_tensor_cols(&x), 1));
   add(be, numel(x), bytes_of(x));
 }
 static void dot(esp_backend *be, double *out, const float *a, const float *b, int64_t n) {
+  if (models_cuda(be)) work(be, esp_cuda_need_dot(n));
   *out = 0; /* a host double: read by clipping at once */
   add(be, 2 * (double)n, (a == b ? 4 : 8) * (double)n);
 }
@@ -262,8 +326,16 @@ static const esp_backend_ops ops = {
     .zero = zero,
     .sync = sync,
     .destroy = destroy,
+    .host_alloc = host_alloc,
+    .host_free = fake_free,
+    .download_later = download,
+    .scratch = scratch,
+    .stage = stage,
+    .stage_wait = stage_wait,
     .pack = pack,
     .pack_free = fake_free,
+    .pack_bytes = pack_bytes,
+    .pack_host = pack_host,
     .linear = linear,
     .linear_dx = linear_dx,
     .matmul = matmul,
@@ -272,6 +344,7 @@ static const esp_backend_ops ops = {
     .norm = norm,
     .norm_bwd = norm_bwd,
     .rope = rope,
+    .attn_begin = attn_begin,
     .attn = attn,
     .attn_bwd = attn_bwd,
     .attn_decode = attn_decode,
@@ -290,7 +363,7 @@ static const esp_backend_ops ops = {
     .update = update,
 };
 
-esp_status esp_count_backend_create(esp_backend **out) {
+esp_status esp_count_backend_create(bool cuda, esp_backend **out) {
   *out = NULL;
   esp_backend *be = esp_mem_alloc(ESP_MEM_HOST, sizeof *be);
   if (!be) return ESP_ERR_MEMORY;
@@ -300,8 +373,23 @@ esp_status esp_count_backend_create(esp_backend **out) {
     return ESP_ERR_MEMORY;
   }
   c->next = FAKE_BASE;
-  be->ops = &ops;
+  c->cuda = cuda;
+  c->ops = ops;
+  if (!cuda) { /* what the cpu backend does not have */
+    c->ops.scratch = NULL;
+    c->ops.stage = NULL;
+    c->ops.stage_wait = NULL;
+    c->ops.pack_host = NULL;
+  }
+  be->ops = &c->ops;
+  be->on_host = !cuda;
+  strcpy(be->device, "count");
   be->impl = c;
+  /* what the device backend holds from its start */
+  if (cuda && !fake_alloc(be, ESP_MEM_WORKSPACE, esp_cuda_need_fixed())) {
+    destroy(be);
+    return ESP_ERR_MEMORY;
+  }
   *out = be;
   return ESP_OK;
 }

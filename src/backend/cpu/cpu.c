@@ -50,6 +50,15 @@ static void cpu_zero(esp_backend *be, void *dst, int64_t bytes) {
   (void)be;
   memset(dst, 0, (size_t)bytes);
 }
+static void *cpu_host_alloc(esp_backend *be, int64_t bytes) {
+  (void)be;
+  return esp_mem_alloc(ESP_MEM_HOST, (size_t)bytes);
+}
+/* The kernels read the sequences from the arguments. */
+static uint64_t cpu_attn_begin(esp_backend *be, const int32_t *cu_seqlens, int n_seqs) {
+  (void)be, (void)cu_seqlens, (void)n_seqs;
+  return 0;
+}
 static esp_status cpu_sync(esp_backend *be) {
   return be->sticky;
 }
@@ -70,6 +79,9 @@ static const esp_backend_ops ops = {
     .zero = cpu_zero,
     .sync = cpu_sync,
     .destroy = cpu_destroy,
+    .host_alloc = cpu_host_alloc,
+    .host_free = cpu_free,
+    .download_later = cpu_copy,
     .pack = esp_cpu_pack,
     .pack_free = esp_cpu_pack_free,
     .linear = esp_cpu_linear,
@@ -80,6 +92,7 @@ static const esp_backend_ops ops = {
     .norm = esp_cpu_norm,
     .norm_bwd = esp_cpu_norm_bwd,
     .rope = esp_cpu_rope,
+    .attn_begin = cpu_attn_begin,
     .attn = esp_cpu_attn,
     .attn_bwd = esp_cpu_attn_bwd,
     .attn_decode = esp_cpu_attn_decode,
@@ -107,6 +120,8 @@ esp_status esp_cpu_backend_create(esp_backend **out) {
   esp_backend *be = esp_mem_alloc(ESP_MEM_HOST, sizeof *be);
   if (!be) return ESP_ERR_MEMORY;
   be->ops = &ops;
+  be->on_host = true;
+  strcpy(be->device, "cpu");
   be->impl = esp_mem_alloc(ESP_MEM_HOST, sizeof(cpu_impl));
   if (!be->impl) {
     esp_mem_free(be);

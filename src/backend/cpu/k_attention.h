@@ -225,7 +225,7 @@ static void k_attn_bwd(const esp_attn_part *p) {
 }
 
 static void k_attn_decode(const esp_decode_args *a, int64_t b, int head, float *scores) {
-  const int64_t d = a->head_dim, len = a->lens[b];
+  const int64_t d = a->head_dim, len = a->positions[b] + 1;
   const int kvh = head / (a->heads / a->kv_heads);
   const bool qb = esp_is_b(&a->q), kb = esp_is_b(&a->k_cache), vb = esp_is_b(&a->v_cache), ob = esp_is_b(&a->o);
   const char *q = (const char *)esp_row(&a->q, b) + (size_t)(head * d) * (qb ? 2 : 4);

@@ -6,7 +6,7 @@ INLINE vf capped(vf x, float cap) {
   return cap > 0 ? vset(cap) * vtanh(x / vset(cap)) : x;
 }
 
-INLINE double ce_row(const esp_ce_args *a, int64_t r, const float cap) {
+INLINE double ce_row(const esp_ce_args *a, int64_t r, const float cap, double *hit) {
   enum { BLOCK = 1024 };
   const float *x = esp_row(&a->logits, r);
   int64_t n = esp_tensor_cols(&a->logits);
@@ -39,13 +39,11 @@ INLINE double ce_row(const esp_ce_args *a, int64_t r, const float cap) {
   if (cap > 0) xt = cap * tanhf(xt / cap);
   double lse = (double)best + log(sum), nll = lse - (double)xt;
   if (a->logprob) a->logprob[r] = (float)-nll;
-  if (a->argmax) {
-    /* the first maximum lies in the first block that reached it; a cap makes ties of what it saturates: read all */
-    int64_t i = cap > 0 ? 0 : best_block, end = cap > 0 || i + BLOCK > n ? n : i + BLOCK, at = i;
-    for (int64_t j = i + 1; j < end; j++)
-      if (x[j] > x[at]) at = j;
-    a->argmax[r] = (int32_t)at;
-  }
+  /* the first maximum lies in the first block that reached it; a cap makes ties of what it saturates: read all */
+  int64_t i0 = cap > 0 ? 0 : best_block, end = cap > 0 || i0 + BLOCK > n ? n : i0 + BLOCK, at = i0;
+  for (int64_t j = i0 + 1; j < end; j++)
+    if (x[j] > x[at]) at = j;
+  *hit = at == a->targets[r];
   if (a->d.data) {
     void *d = esp_row(&a->d, r);
     bool db = esp_is_b(&a->d);
@@ -71,6 +69,6 @@ INLINE double ce_row(const esp_ce_args *a, int64_t r, const float cap) {
   }
   return (double)a->weights[r] * nll;
 }
-static double k_cross_entropy(const esp_ce_args *a, int64_t r) {
-  return a->softcap > 0 ? ce_row(a, r, a->softcap) : ce_row(a, r, 0.0f);
+static double k_cross_entropy(const esp_ce_args *a, int64_t r, double *hit) {
+  return a->softcap > 0 ? ce_row(a, r, a->softcap, hit) : ce_row(a, r, 0.0f, hit);
 }

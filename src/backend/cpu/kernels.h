@@ -40,7 +40,7 @@ typedef struct esp_kernels {
   double (*dot)(const float *a, const float *b, int64_t n);
   void (*update)(const esp_update_args *a, int64_t e0, int64_t e1);
   /* weight * nll of row r, and everything else that esp_ce_args asks of it */
-  double (*cross_entropy)(const esp_ce_args *a, int64_t r);
+  double (*cross_entropy)(const esp_ce_args *a, int64_t r, double *hit);
   void (*attn)(const esp_attn_part *p);
   void (*attn_bwd)(const esp_attn_part *p);
   /* o row of one (sequence, head) of decoding */

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "backend/cpu/work.h"
+#include "core/rng.h"
 #include "core/threads.h"
 
 #define CHUNK_ELEMENTS 16384 /* 32 to 64 KiB: amortises the hand-over, finer than any imbalance */
@@ -143,8 +144,9 @@ static void dropout_part(const void *op, const esp_kernels *k, int64_t r0, int64
   const simple_op *o = op;
   k->dropout(o->y, o->x, o->a, o->seed, o->stream, o->b, r0, r1);
 }
-void esp_cpu_dropout(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, uint64_t stream, float beta) {
-  simple_op o = {.y = y, .x = x, .a = p, .b = beta, .seed = seed, .stream = stream};
+void esp_cpu_dropout(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, const uint64_t *draw,
+                     uint64_t stream, float beta) {
+  simple_op o = {.y = y, .x = x, .a = p, .b = beta, .seed = esp_draw_seed(seed, *draw), .stream = stream};
   split(be, esp_tensor_rows(&y), row_step(esp_tensor_cols(&y)), &o, dropout_part);
 }
 
@@ -208,22 +210,23 @@ void esp_cpu_rope(esp_backend *be, const esp_rope_args *a) {
 
 typedef struct ce_op {
   const esp_ce_args *a;
-  double *nll;
+  double *row; /* loss, hit */
 } ce_op;
 static void ce_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
   const ce_op *o = op;
-  for (int64_t r = r0; r < r1; r++) o->nll[r] = k->cross_entropy(o->a, r);
+  for (int64_t r = r0; r < r1; r++) o->row[2 * r] = k->cross_entropy(o->a, r, &o->row[2 * r + 1]);
 }
 void esp_cpu_cross_entropy(esp_backend *be, const esp_ce_args *a) {
   int64_t n = esp_tensor_rows(&a->logits);
   ce_op o = {a, NULL};
   if (be->sticky != ESP_OK || n == 0) return;
-  o.nll = esp_cpu_work(be, esp_cpu_work_ce(n));
-  if (!o.nll) return;
+  o.row = esp_cpu_work(be, esp_cpu_work_ce(n));
+  if (!o.row) return;
   split(be, n, row_step(esp_tensor_cols(&a->logits)), &o, ce_part);
-  double sum = 0; /* in row order */
-  for (int64_t r = 0; r < n; r++) sum += o.nll[r];
-  *a->loss_sum += sum;
+  double sum[2] = {0, 0}; /* in row order */
+  for (int64_t r = 0; r < 2 * n; r++) sum[r & 1] += o.row[r];
+  a->sums[0] += sum[0];
+  a->sums[1] += sum[1];
 }
 
 #define DOT_PARTS 64

@@ -22,7 +22,8 @@ void esp_cpu_axpby(esp_backend *be, esp_tensor y, float a, esp_tensor x, float b
 void esp_cpu_mul_cols(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v);
 void esp_cpu_gather_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows);
 void esp_cpu_scatter_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows);
-void esp_cpu_dropout(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, uint64_t stream, float beta);
+void esp_cpu_dropout(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, const uint64_t *draw,
+                     uint64_t stream, float beta);
 void esp_cpu_col_sum(esp_backend *be, float *out, esp_tensor x);
 void esp_cpu_dot(esp_backend *be, double *out, const float *a, const float *b, int64_t n);
 void esp_cpu_update(esp_backend *be, const esp_update_args *a);

@@ -24,7 +24,7 @@ static inline int64_t esp_cpu_work_decode(const esp_decode_args *a) {
   return (a->max_len + 15) / 16 * 64 * esp_threads_count();
 }
 static inline int64_t esp_cpu_work_ce(int64_t rows) {
-  return (rows + 7) / 8 * 64;
+  return (rows + 3) / 4 * 64; /* loss and hit of each row */
 }
 
 /* The backend's one scratch buffer, grown to `bytes`; NULL with the sticky error set. */

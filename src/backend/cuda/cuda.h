@@ -34,6 +34,7 @@ typedef struct esp_cuda {
   int ring_next;
   void *scratch; /* one block, shared by the operations: they run one after the other */
   int64_t scratch_bytes;
+  double *sum;                   /* device: where `dot` leaves its result */
   struct esp_cuda_block *blocks; /* what alloc gave, for the books */
   int n_blocks, cap_blocks;
   bool capturing;
@@ -56,6 +57,7 @@ bool esp_cuda_fail(esp_backend *be, const char *library, const char *what, const
  * Grows only while nothing is recorded: the first, direct issue of a piece has sized it. NULL: sticky error set.
  * The size of each operation's scratch comes from need.h, so that `plan` counts it. */
 void *esp_cuda_scratch(esp_backend *be, int64_t bytes);
+int64_t esp_cuda_scratch_reserve(esp_backend *be, int64_t at_least); /* the table's entry */
 
 esp_status esp_cuda_device_open(esp_backend *be, int device);
 void esp_cuda_device_close(esp_backend *be);
@@ -72,7 +74,7 @@ void esp_cuda_stage(esp_backend *be, int channel, void *dst, const void *host, i
 void esp_cuda_stage_wait(esp_backend *be, int channel);
 
 /* graph.c */
-bool esp_cuda_piece_begin(esp_backend *be, uint64_t key);
+bool esp_cuda_piece_begin(esp_backend *be, uint64_t key, uint64_t pair);
 void esp_cuda_piece_end(esp_backend *be);
 void esp_cuda_pieces_destroy(esp_backend *be);
 

@@ -63,6 +63,26 @@ __global__ void __launch_bounds__(256) order_tokens_kernel(int32_t *order, const
   if (lane == 0) order[before] = static_cast<int32_t>(t);
 }
 
+/* The first place after k that holds another id than place k does: in doubling steps, then by halves, because a frequent
+ * token may fill thousands of places. */
+__device__ __forceinline__ int64_t end_of_run(const int32_t *ids, const int32_t *order, int64_t k, int64_t tokens) {
+  const int32_t id = ids[order[k]];
+  int64_t same = k, other = k + 1;
+  while (other < tokens && ids[order[other]] == id) {
+    same = other;
+    other += other - k;
+  }
+  if (other > tokens) other = tokens;
+  while (other - same > 1) {
+    int64_t middle = same + (other - same) / 2;
+    if (ids[order[middle]] == id)
+      same = middle;
+    else
+      other = middle;
+  }
+  return other;
+}
+
 /* One row of threads per place in the order; those where an id begins add all its rows, in token order, to the table's
  * row. A thread loads four rows ahead of the sums, which have to wait for each other. */
 template <class T, int N>
@@ -73,8 +93,7 @@ __global__ void __launch_bounds__(256)
   if (k >= tokens) return;
   const int32_t id = ids[order[k]];
   if (k > 0 && ids[order[k - 1]] == id) return;
-  int64_t end = k + 1;
-  while (end < tokens && ids[order[end]] == id) end++;
+  const int64_t end = end_of_run(ids, order, k, tokens);
   float *row = dtable + id * cols;
   for (int64_t c = esp_cover_col<N>(); c < cols; c += esp_cover_step<N>()) {
     float sum[N];
