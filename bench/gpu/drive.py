@@ -1,0 +1,350 @@
+"""What bench/gpu.sh runs: the sections, their limits of time, the results. See there for the options."""
+import argparse
+import ast
+import glob
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import shapes
+import table
+import training
+from job import Clock, DeviceMemory, Results, Runner
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+SECTIONS = ["build", "tests", "sanitizer", "parity", "bench"]
+LIMITS = {"build": 240, "tests": 150, "sanitizer": 150, "parity": 120, "bench": 600}
+# Warnings that newer compilers give for sound code: they stay warnings here.
+FLOW_WARNINGS = ("array-bounds", "stringop-overflow", "stringop-overread", "maybe-uninitialized", "restrict",
+                 "format-truncation", "free-nonheap-object", "nonnull", "alloc-size-larger-than")
+
+
+class Context:
+    """What every section gets."""
+
+    def __init__(self, a):
+        self.a, self.python = a, sys.executable
+        self.dry = a.dry
+        self.device = "cpu" if a.dry else a.device
+        self.on_gpu = self.device != "cpu"
+        self.clock = Clock(a.deadline)
+        self.build = os.path.abspath(a.build)
+        self.espalier = os.path.join(self.build, "bin/espalier")
+        self.work = tempfile.mkdtemp(prefix="espalier-bench-")
+        self.memory = DeviceMemory() if self.on_gpu and shutil.which("nvidia-smi") else None
+        self.run = Runner(self.clock, self.memory, os.path.join(a.out, "gpu.log"))
+        self.say = self.run.say
+        self.env = dict(os.environ)
+        found = [os.path.dirname(p) for p in wheel_files("lib/libcudnn.so.9", "lib/libnccl.so.2")]
+        if found:
+            self.env["LD_LIBRARY_PATH"] = ":".join(found + [self.env.get("LD_LIBRARY_PATH", "")]).rstrip(":")
+
+    def recipe(self, folder, name, **keys):
+        """A LoRA recipe over what shapes.py wrote into the folder."""
+        device = f", device: {self.device}" if self.on_gpu else ""
+        path = os.path.join(folder, name + ".yaml")
+        with open(path, "w") as f:
+            f.write(f"""name: {name}
+seed: 1
+model: {{base_model: {folder}, dtype: {keys.get("dtype", "bf16")}}}
+adapter: {{type: lora, r: 16, alpha: 32, target: all-linear}}
+data: {{sequence_len: {keys["seq"]}, packing: "off", add_bos: false, shuffle: false}}
+optim: {{name: adamw, lr: 2e-4, max_grad_norm: 1.0, weight_decay: 0}}
+schedule: {{name: constant}}
+train: {{max_steps: {keys["steps"]}, micro_batch_size: {keys["batch"]}}}
+parallel: {{threads: auto{device}}}
+tasks: [{{name: t, data: [{{path: {folder}/rows.jsonl, format: text}}]}}]
+checkpoint: {{output_dir: {os.path.join(folder, name)}, every: 100000}}
+""")
+        return path
+
+    def scratch(self, nbytes):
+        """A folder for model files: memory-backed where there is room."""
+        for top in ("/dev/shm", self.work):
+            if os.path.isdir(top) and shutil.disk_usage(top).free > nbytes * 5 // 4 + (1 << 30):
+                return tempfile.mkdtemp(prefix="espalier-model-", dir=top)
+        return None
+
+
+def wheel_files(*names):
+    """Files of NVIDIA's Python wheels, which lie beside torch, where the toolkit has no such library."""
+    out = []
+    for base in sys.path:
+        for name in names:
+            out += sorted(glob.glob(os.path.join(base, "nvidia", "*", name)))
+    return out
+
+
+def first_of(names, *folders):
+    for folder in folders:
+        for name in names:
+            if os.path.exists(os.path.join(folder, name)):
+                return folder
+    return None
+
+
+def build(c):
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        return {"failed": "no nvcc on the PATH"}
+    toolkit = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(nvcc))), "include")
+    cc = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True,
+                        text=True).stdout.split()
+    arch = c.a.arch or (cc[0].replace(".", "") if cc else "90") + "-real"
+    command = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", c.build, "-DCMAKE_BUILD_TYPE=Release", "-DESP_MPI=OFF",
+               "-DESP_CUDA=ON", f"-DESP_CUDA_ARCHS={arch}",
+               "-DCMAKE_C_FLAGS=" + " ".join("-Wno-error=" + w for w in FLOW_WARNINGS)]
+    for option, header in (("ESP_CUDNN_INCLUDE", "cudnn.h"), ("ESP_NCCL_INCLUDE", "nccl.h")):
+        at = first_of([header], toolkit, *[os.path.dirname(p) for p in wheel_files("include/" + header)])
+        if at:
+            command.append(f"-D{option}={at}")
+    if os.environ.get("CMAKE_LIBRARY_PATH"):
+        command.append(f"-DESP_OPENBLAS={os.environ['CMAKE_LIBRARY_PATH']}/libopenblas.so")
+    d = c.run.run(command, 60)
+    out = {"arch": arch, "configure_s": round(d.seconds, 1), "processors": os.cpu_count()}
+    if not d.ok():
+        return dict(out, failed=d.why())
+    # all but the test programs first: if time runs out there, the measurements still have what they need
+    targets = ["espalier_bin", "espalier-cuda", "bench_cuda_gemm", "bench_cuda_ops"]
+    for name, extra in (("program", targets), ("tests", [])):
+        if name == "tests" and "tests" not in c.a.sections:
+            continue
+        d = c.run.run(["ninja", "-C", c.build, *extra], LIMITS["build"])
+        out[name + "_s"] = round(d.seconds, 1)
+        if not d.ok():
+            return dict(out, failed=f"{name}: {d.why()}")
+    d = c.run.run([c.espalier, "doctor", "--json"], 30, env=c.env)
+    out["doctor"] = json.loads("".join(d.lines)) if d.ok() else d.why()
+    return out
+
+
+def tests(c):
+    d = c.run.run(["ctest", "--test-dir", c.build, "-L", "gpu", "-j", str(min(os.cpu_count(), 8)), "--timeout", "120",
+                   "--output-on-failure"], LIMITS["tests"], env=c.env)
+    text = "".join(d.lines)
+    found = re.search(r"(\d+)% tests passed, (\d+) tests? failed out of (\d+)", text)
+    out = {"seconds": round(d.seconds, 1)}
+    if not found or d.rc is None:
+        out["failed"] = d.why()
+        out["passed"] = len(re.findall(r"\bPassed\b", text))
+        return out
+    out["run"], out["failures"] = int(found.group(3)), int(found.group(2))
+    if out["failures"]:
+        out["failed"] = ", ".join(re.findall(r"^\s+\d+ - (\S+) \(", text, re.M))
+    return out
+
+
+def sanitizer(c):
+    program = shutil.which("compute-sanitizer")
+    if not program:
+        return {"failed": "no compute-sanitizer on the PATH"}
+    folder = os.path.join(c.work, "sanitizer")
+    shape = shapes.SHAPES["tiny"]
+    shapes.make("tiny", folder, 4, shape["seq"])
+    out, started = {}, {}
+    for tool in ("memcheck", "racecheck", "initcheck"):  # beside one another: each takes one processor
+        recipe = c.recipe(folder, tool, seq=shape["seq"], steps=2, batch=shape["batch"])
+        started[tool] = c.run.start([program, "--tool", tool, "--error-exitcode", "99", c.espalier, "run", recipe,
+                                     "--overwrite", "--json"], c.env)
+    for tool, job in started.items():
+        d = c.run.finish(job, LIMITS["sanitizer"])
+        text = "".join(d.lines) + d.err
+        c.run.log.write(text[-6000:])
+        summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", text)
+        out[tool] = {"seconds": round(d.seconds, 1), "summary": summary[-1] if summary else None}
+        if not d.ok():
+            out[tool]["failed"] = d.why()
+    bad = [t for t in out if "failed" in out[t]]
+    if bad:
+        out["failed"] = ", ".join(bad)
+    return out
+
+
+def losses(folder, name):
+    with open(os.path.join(folder, name, "metrics.jsonl")) as f:
+        return [r["loss"] for r in map(json.loads, f) if "loss" in r]
+
+
+def adapter_bytes(folder, name):
+    with open(os.path.join(folder, name, "adapters/t/adapter_model.safetensors"), "rb") as f:
+        return f.read()
+
+
+def distance(a, b):
+    return max(abs(x - y) / max(abs(y), 1e-9) for x, y in zip(a, b)) if len(a) == len(b) and a else None
+
+
+def parity(c):
+    """20 steps of a small Llama: the device against the processor's backend and against PEFT on the same device from
+    the same start; twice; and stopped in the middle and resumed."""
+    shape = shapes.SHAPES["tiny" if c.dry else "small"]
+    steps, folder = 20, os.path.join(c.work, "parity")
+    shapes.make("tiny" if c.dry else "small", folder, 4 * shape["batch"], shape["seq"])
+    out = {"steps": steps, "device": c.device, "failed": None}
+
+    def run(name, *extra, dtype="bf16", resume=False, expect=0):
+        recipe = c.recipe(folder, name, seq=shape["seq"], steps=steps, batch=shape["batch"], dtype=dtype)
+        words = ["resume", os.path.join(folder, name)] if resume else ["run", recipe, "--overwrite", *extra]
+        d = c.run.run([c.espalier, *words, "--json"], LIMITS["parity"], env=c.env)
+        if d.rc != expect:
+            raise RuntimeError(f"{name}: {d.why()}")
+        return d
+
+    def hold(name, value, bound):
+        out[name] = {"value": value, "bound": bound, "holds": value is not None and value <= bound}
+
+    try:
+        on_cpu = ["parallel.device=cpu"] if c.on_gpu else []
+        run("first")
+        run("second")
+        same = adapter_bytes(folder, "first") == adapter_bytes(folder, "second")
+        out["two_runs_equal_bits"] = same and losses(folder, "first") == losses(folder, "second")
+        run("stopped", "--stop-after", str(steps // 2), expect=6)
+        run("stopped", resume=True)
+        out["resume_equal_bits"] = adapter_bytes(folder, "first") == adapter_bytes(folder, "stopped")
+        run("processor", *on_cpu)
+        hold("bf16_to_cpu", distance(losses(folder, "first"), losses(folder, "processor")), 5e-3)
+        run("first32", dtype="fp32")
+        run("processor32", *on_cpu, dtype="fp32")
+        hold("fp32_to_cpu", distance(losses(folder, "first32"), losses(folder, "processor32")), 1e-4)
+        # a step of next to no length leaves the adapter as it began: what PEFT starts from
+        run("start", "optim.lr=1e-30", "train.max_steps=1")
+        peer = [c.python, os.path.join(ROOT, "bench/gpu/peer_step.py"), folder, "--device", c.device, "--steps",
+                str(steps), "--batch", str(shape["batch"]), "--adapter", os.path.join(folder, "start/adapters/t")]
+        for dtype, name, bound in (("bf16", "first", 1e-2), ("fp32", "first32", 1e-4)):
+            d = c.run.run([*peer, "--dtype", dtype], LIMITS["parity"])
+            if not d.ok():
+                raise RuntimeError(f"PEFT: {d.why()}")
+            hold(dtype + "_to_peft", distance(losses(folder, name), d.events()[-1]["losses"]), bound)
+        out["first_and_last_loss"] = [losses(folder, "first")[0], losses(folder, "first")[-1]]
+    except (RuntimeError, OSError, LookupError) as e:
+        out["failed"] = str(e)
+    bad = [k for k, v in out.items() if v is False or (isinstance(v, dict) and not v["holds"])]
+    if bad and not out["failed"]:
+        out["failed"] = ", ".join(bad)
+    return out
+
+
+def syntax(c):
+    """Of everything that cannot run here."""
+    bad = []
+    for path in sorted(glob.glob(os.path.join(ROOT, "bench/gpu/*.py"))):
+        try:
+            with open(path) as f:
+                ast.parse(f.read(), path)
+        except SyntaxError as e:
+            bad.append(str(e))
+    for path in ("bench/gpu.sh", "bench/gpu_carry.sh"):
+        d = subprocess.run(["bash", "-n", os.path.join(ROOT, path)], capture_output=True, text=True)
+        bad += d.stderr.splitlines()
+    seen = {}
+    for name, shape in shapes.SHAPES.items():
+        folder = os.path.join(c.work, "config", name)
+        shapes.write_config(shape["config"], folder)
+        try:
+            from transformers import AutoConfig
+
+            got = AutoConfig.from_pretrained(folder)
+            seen[name] = type(got).__name__
+            wrong = [k for k in ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings")
+                     if getattr(got, k) != shape["config"][k]]
+            bad += [f"{name}: {k}" for k in wrong]
+        except ImportError:
+            seen[name] = "transformers is missing"
+    return {"configs": seen, "failed": "; ".join(bad) or None}
+
+
+def device_name(c):
+    if c.on_gpu:
+        try:
+            import torch
+
+            if torch.cuda.is_available():
+                return torch.cuda.get_device_name(0)
+        except ImportError:
+            pass
+        d = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+        return d.stdout.splitlines()[0] if d.returncode == 0 and d.stdout else c.device
+    return "cpu"
+
+
+def driver_version():
+    try:
+        d = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
+                           text=True)
+        return d.stdout.split()[0] if d.returncode == 0 and d.stdout else None
+    except OSError:
+        return None
+
+
+def commit():
+    d = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return d.stdout.strip() or None
+
+
+def main():
+    ap = argparse.ArgumentParser(prog="bench/gpu.sh")
+    ap.add_argument("sections", nargs="*", metavar="SECTION", help=" ".join(SECTIONS))
+    ap.add_argument("--deadline", type=float, default=540)
+    ap.add_argument("--out", default=os.path.join(ROOT, "bench/results"))
+    ap.add_argument("--build", default=os.path.join(ROOT, "build/gpu"))
+    ap.add_argument("--shapes", default="")
+    ap.add_argument("--device", default="cuda")
+    ap.add_argument("--arch", default="", help="CUDA architecture (default: the device's)")
+    ap.add_argument("--steps", type=int, default=8)
+    ap.add_argument("--dry", action="store_true")
+    a = ap.parse_args()
+    for s in a.sections:
+        if s not in SECTIONS:
+            ap.error(f"no section '{s}': {' '.join(SECTIONS)}")
+    for s in filter(None, a.shapes.split(",")):
+        if s not in shapes.SHAPES:
+            ap.error(f"no shape '{s}': {' '.join(shapes.SHAPES)}")
+    if a.dry:
+        a.sections = ["syntax"] + [s for s in a.sections or ["parity", "bench"] if s in ("parity", "bench")]
+        a.out = a.out if a.out != os.path.join(ROOT, "bench/results") else tempfile.mkdtemp(prefix="espalier-dry-")
+    a.sections = a.sections or SECTIONS
+    os.makedirs(a.out, exist_ok=True)
+    c = Context(a)
+    name = device_name(c)
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    head = {"device": name, "driver": driver_version(), "commit": commit(),
+            "command": "bench/gpu.sh " + " ".join(sys.argv[1:]), "host": platform.machine(),
+            "processors": os.cpu_count()}
+    results = Results(os.path.join(a.out, slug + ".json"), head)
+    failed = []
+    try:
+        for s in a.sections:
+            if c.clock.left() < 10:
+                c.say(f"== {s}: not begun, the time is over")
+                results.put(s, {"failed": "not begun: the time was over"})
+                failed.append(s)
+                continue
+            c.say(f"== {s} ({c.clock.left():.0f} s left)")
+            if s == "bench":
+                value = training.bench(c, results)
+            else:
+                value = globals()[s](c)
+                c.say(json.dumps(value, indent=1))
+            results.put(s, value)
+            if value.get("failed"):
+                failed.append(s)
+            table.write(results.data, os.path.join(a.out, slug + ".md"))
+    finally:
+        table.write(results.data, os.path.join(a.out, slug + ".md"))
+        if c.memory:
+            c.memory.close()
+        shutil.rmtree(c.work, ignore_errors=True)
+    with open(os.path.join(a.out, slug + ".md")) as f:
+        print(f.read())
+    print(f"{results.path}, {slug}.md and gpu.log beside it; "
+          + (f"failed: {', '.join(failed)}" if failed else "everything held"))
+    return 1 if failed else 0
+
+
+sys.exit(main())

@@ -1,0 +1,167 @@
+"""Processes with a limit of time, the device's memory beside them, and the file of results."""
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+
+
+class Clock:
+    """Seconds left of everything, less what writing the results takes."""
+
+    def __init__(self, seconds):
+        self.end = time.monotonic() + seconds
+
+    def left(self):
+        return self.end - time.monotonic() - 3
+
+
+class DeviceMemory:
+    """Used bytes of the device, several times a second. It counts all processes: the peer's and ours alike, the context
+    and the libraries included."""
+
+    def __init__(self, index=0):
+        self.used, self.high, self.process = 0, 0, None
+        try:
+            self.process = subprocess.Popen(
+                ["nvidia-smi", "-i", str(index), "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms",
+                 "50"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+        except OSError:
+            return
+        threading.Thread(target=self.follow, daemon=True).start()
+        time.sleep(0.5)
+
+    def follow(self):
+        for line in self.process.stdout:
+            if line.strip().isdigit():
+                self.used = int(line) << 20
+                self.high = max(self.high, self.used)
+
+    def begin(self):
+        self.high = self.used
+        return self.used
+
+    def close(self):
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+
+
+class Done:
+    """What a process left: rc (None: stopped for time), lines of stdout, stderr, seconds, first (seconds until the line
+    that was waited for), device_bytes and rss (highest)."""
+
+    def __init__(self):
+        self.rc, self.lines, self.err, self.seconds = None, [], "", 0.0
+        self.first, self.device_bytes, self.rss = None, None, 0
+
+    def ok(self):
+        return self.rc == 0
+
+    def why(self):
+        """One line for the results: how it failed."""
+        if self.rc is None:
+            return f"stopped after {self.seconds:.0f} s"
+        text = self.err + "\n" + "".join(self.lines[-20:])
+        named = [s.strip() for s in text.splitlines() if "rror" in s] or [s.strip() for s in text.splitlines() if s.strip()]
+        return f"exit code {self.rc}: {named[-1][:300] if named else 'no message'}"
+
+    def events(self):
+        out = []
+        for line in self.lines:
+            if line.startswith("{"):
+                try:
+                    out.append(json.loads(line))
+                except ValueError:
+                    pass
+        return out
+
+
+class Runner:
+    def __init__(self, clock, memory, log_path):
+        self.clock, self.memory = clock, memory
+        self.log = open(log_path, "w")
+
+    def say(self, text):
+        print(text, flush=True)
+        self.log.write(text + "\n")
+        self.log.flush()
+
+    def start(self, command, env=None):
+        err = tempfile.TemporaryFile(mode="w+")
+        p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True, env=env, start_new_session=True)
+        return p, err, time.monotonic()
+
+    def finish(self, started, limit, first=None):
+        """Reads until the end or the limit. first: a predicate on lines of stdout."""
+        p, err, begin = started
+        d = Done()
+
+        def read():
+            for line in p.stdout:
+                d.lines.append(line)
+                if first and d.first is None and first(line):
+                    d.first = time.monotonic() - begin
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        limit = min(limit, self.clock.left())
+        while time.monotonic() - begin < limit:
+            pid, status, usage = os.wait4(p.pid, os.WNOHANG)
+            if pid:
+                d.rc = p.returncode = os.waitstatus_to_exitcode(status)
+                d.rss = usage.ru_maxrss * 1024
+                break
+            time.sleep(0.02)
+        else:
+            for sig in (signal.SIGTERM, signal.SIGKILL):  # its own group: it was started as the leader of one
+                try:
+                    os.killpg(p.pid, sig)
+                    p.wait(timeout=5)
+                    break
+                except ProcessLookupError:
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+        reader.join(timeout=5)
+        d.seconds = time.monotonic() - begin
+        err.seek(0)
+        d.err = err.read()[-20000:]
+        err.close()
+        return d
+
+    def run(self, command, limit, first=None, env=None):
+        base = self.memory.begin() if self.memory else 0
+        self.log.write("$ " + " ".join(command) + "\n")
+        d = self.finish(self.start(command, env), limit, first)
+        if self.memory and self.memory.process:
+            d.device_bytes = self.memory.high - base
+        self.log.write("".join(d.lines[-40:]) + d.err[-4000:] + f"[{d.rc}, {d.seconds:.1f} s]\n")
+        self.log.flush()
+        return d
+
+
+class Results:
+    """OUT/<device>.json: what earlier calls left of other sections stays."""
+
+    def __init__(self, path, head):
+        self.path, self.data = path, {}
+        if os.path.exists(path):
+            with open(path) as f:
+                self.data = json.load(f)
+        if self.data.get("device") != head["device"]:
+            self.data = {}
+        self.data.update(head)
+        self.data.setdefault("sections", {})
+
+    def put(self, section, value):
+        self.data["sections"][section] = value
+        self.write()
+
+    def write(self):
+        with open(self.path + ".new", "w") as f:
+            json.dump(self.data, f, indent=1)
+            f.write("\n")
+        os.replace(self.path + ".new", self.path)
