@@ -16,6 +16,8 @@ if(ESP_NVCC)
 endif()
 find_path(ESP_CUDA_INCLUDE cuda_runtime_api.h HINTS ${nvcc_bin}/../include ${ESP_CUDA_HEADERS}
           PATHS /usr/local/cuda/include ENV CUDA_HOME PATH_SUFFIXES include)
+find_path(ESP_CUDNN_INCLUDE cudnn.h HINTS ${ESP_CUDA_INCLUDE} ${ESP_CUDA_HEADERS})
+find_path(ESP_NCCL_INCLUDE nccl.h HINTS ${ESP_CUDA_INCLUDE} ${ESP_CUDA_HEADERS})
 
 function(esp_cuda_host_flags target)
   target_link_libraries(${target} PRIVATE esp_flags Threads::Threads dl m)
@@ -33,8 +35,6 @@ set(CMAKE_CUDA_ARCHITECTURES ${ESP_CUDA_ARCHS})
 set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
 check_language(CUDA)
 find_library(ESP_CUBLASLT NAMES cublasLt libcublasLt.so.13 HINTS ${nvcc_bin}/../lib64 ${nvcc_bin}/../lib)
-find_path(ESP_CUDNN_INCLUDE cudnn.h HINTS ${ESP_CUDA_INCLUDE})
-find_path(ESP_NCCL_INCLUDE nccl.h HINTS ${ESP_CUDA_INCLUDE})
 if(NOT CMAKE_CUDA_COMPILER OR NOT ESP_CUBLASLT OR NOT ESP_CUDNN_INCLUDE OR NOT ESP_NCCL_INCLUDE)
   if(ESP_CUDA STREQUAL "ON")
     message(FATAL_ERROR "ESP_CUDA=ON: nvcc '${CMAKE_CUDA_COMPILER}', cublasLt '${ESP_CUBLASLT}', cudnn.h "

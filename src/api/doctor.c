@@ -17,31 +17,33 @@
 #endif
 
 #include "api/api.h"
+#include "backend/plugin.h"
 #include "core/cpu.h"
 #include "core/log.h"
 #include "core/threads.h"
 #include "io/json.h"
 
-/* Multiply-adds per second of y = x W^T at [tokens, n] x [n, n], the best of a few. */
-static esp_status matmul_peak(esp_backend *be, esp_dtype type, double *flops) {
-  enum { T = 1024, N = 1024, RUNS = 8 };
+/* Operations per second of y = x W^T at [n, n] x [n, n], the best of a few. */
+static esp_status matmul_peak(esp_backend *be, esp_dtype type, int64_t n, double *flops) {
+  enum { RUNS = 8 };
   esp_status st = ESP_OK;
   size_t size = esp_dtype_size(type);
-  void *w = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)N * N * size), *packed = NULL;
-  void *x = be->ops->alloc(be, ESP_MEM_WORKSPACE, (int64_t)((size_t)T * N * size));
-  void *y = be->ops->alloc(be, ESP_MEM_WORKSPACE, (int64_t)((size_t)T * N * size));
+  void *w = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)(n * n) * size), *packed = NULL;
+  void *x = be->ops->alloc(be, ESP_MEM_WORKSPACE, n * n * (int64_t)size);
+  void *y = be->ops->alloc(be, ESP_MEM_WORKSPACE, n * n * (int64_t)size);
   *flops = 0;
   if (!w || !x || !y) ESP_GOTO(ESP_ERR_MEMORY);
-  esp_tensor weight = esp_tensor_2d(w, type, N, N);
+  esp_tensor weight = esp_tensor_2d(w, type, n, n);
   packed = be->ops->pack(be, &weight, 1, false, type);
   if (!packed) ESP_GOTO(ESP_ERR_MEMORY);
-  esp_wview view = {N, N, packed, {0}};
+  esp_wview view = {n, n, packed, {0}};
   for (int i = 0; i < RUNS; i++) {
     double t = esp_now();
-    be->ops->linear(be, esp_tensor_2d(y, type, T, N), esp_tensor_2d(x, type, T, N), &view, (esp_tensor){0}, NULL, 0, 0);
+    be->ops->linear(be, esp_tensor_2d(y, type, n, n), esp_tensor_2d(x, type, n, n), &view, (esp_tensor){0}, NULL, 0, 0);
     ESP_GOTO(esp_backend_sync(be));
     t = esp_now() - t;
-    if (t > 0 && 2.0 * T * N * N / t > *flops) *flops = 2.0 * T * N * N / t;
+    double work = 2.0 * (double)(n * n * n);
+    if (t > 0 && work / t > *flops) *flops = work / t;
   }
 out:
   if (packed) be->ops->pack_free(be, packed);
@@ -82,19 +84,65 @@ out:
   return st;
 }
 
-static esp_status calibrate_into(json_t *j) {
+static esp_status matmul_into(json_t *j, const char *device, int n, const char *bf16_key, const char *fp32_key) {
   esp_backend *be = NULL;
-  double bf16 = 0, fp32 = 0, bytes = 0;
-  esp_status st = esp_backend_create("cpu", &be);
-  if (st == ESP_OK) st = matmul_peak(be, ESP_BF16, &bf16);
-  if (st == ESP_OK) st = matmul_peak(be, ESP_F32, &fp32);
-  if (st == ESP_OK) st = memory_peak(&bytes);
+  double bf16 = 0, fp32 = 0;
+  esp_status st = esp_backend_create(device, &be);
+  if (st == ESP_OK) st = matmul_peak(be, ESP_BF16, n, &bf16);
+  if (st == ESP_OK) st = matmul_peak(be, ESP_F32, n, &fp32);
   esp_backend_destroy(be);
   if (st != ESP_OK) return st;
-  json_object_set_new(j, "matmul_bf16_gflops", json_real(bf16 / 1e9));
-  json_object_set_new(j, "matmul_fp32_gflops", json_real(fp32 / 1e9));
-  json_object_set_new(j, "memory_gbytes_per_second", json_real(bytes / 1e9));
+  json_object_set_new(j, bf16_key, json_real(bf16 / 1e9));
+  json_object_set_new(j, fp32_key, json_real(fp32 / 1e9));
   return ESP_OK;
+}
+
+static esp_status calibrate_into(json_t *j) {
+  double bytes = 0;
+  ESP_TRY(matmul_into(j, "cpu", 1024, "matmul_bf16_gflops", "matmul_fp32_gflops"));
+  ESP_TRY(memory_peak(&bytes));
+  json_object_set_new(j, "memory_gbytes_per_second", json_real(bytes / 1e9));
+  if (strcmp(esp_device_auto(NULL, 0), "cpu") == 0) return ESP_OK;
+  return matmul_into(j, "cuda", 4096, "device_matmul_bf16_gflops", "device_matmul_fp32_gflops");
+}
+
+static void version_into(json_t *j, const char *key, int64_t v, int64_t major, int64_t minor) {
+  char text[64] = "not found";
+  if (v > 0)
+    snprintf(text, sizeof text, "%lld.%lld.%lld", (long long)(v / major), (long long)(v % major / minor),
+             (long long)(v % minor));
+  json_object_set_new(j, key, json_string(text));
+}
+
+/* The CUDA plug-in and what it finds. Asked for in full here, where opening its libraries may take a while. */
+static void cuda_into(json_t *j) {
+  const esp_plugin *plugin;
+  esp_plugin_probe p = {0};
+  char text[300];
+  if (esp_plugin_load(&plugin) != ESP_OK) {
+    const char *m = esp_error_message(); /* "cuda: why" */
+    json_object_set_new(j, "cuda", json_string(strncmp(m, "cuda: ", 6) ? m : m + 6));
+    esp_error_clear();
+    return;
+  }
+  plugin->probe(&p);
+  snprintf(text, sizeof text, "%s%s", p.why_not[0] ? "not used: " : "used where a recipe says auto or cuda", p.why_not);
+  json_object_set_new(j, "cuda", json_string(text));
+  snprintf(text, sizeof text, "%d.%d", p.driver / 1000, p.driver % 1000 / 10);
+  json_object_set_new(j, "cuda_driver", json_string(p.driver ? text : "none"));
+  snprintf(text, sizeof text, "%d.%d", p.runtime / 1000, p.runtime % 1000 / 10);
+  json_object_set_new(j, "cuda_runtime", json_string(text));
+  version_into(j, "cublaslt", p.cublaslt, 10000, 100);
+  version_into(j, "cudnn", p.cudnn, 10000, 100);
+  version_into(j, "nccl", p.nccl, 10000, 100);
+  for (int i = 0; i < p.n_devices; i++) {
+    const esp_device_info *d = &p.device[i];
+    char key[24];
+    snprintf(key, sizeof key, "cuda:%d", i);
+    snprintf(text, sizeof text, "%s, compute capability %d.%d, %lld MiB, %lld MiB free", d->name, d->cc / 10,
+             d->cc % 10, (long long)(d->memory_bytes >> 20), (long long)(d->free_bytes >> 20));
+    json_object_set_new(j, key, json_string(text));
+  }
 }
 
 /* What is loaded now, not what it was built against. */
@@ -141,6 +189,7 @@ esp_status esp_doctor(int calibrate, int json, char **text) {
   machine.memory.limit_share = 1;
   json_object_set_new(j, "memory_mbytes", json_integer((json_int_t)(esp_memory_limit(&machine) >> 20)));
   libraries_into(j);
+  cuda_into(j);
   if (calibrate) ESP_GOTO(calibrate_into(j));
   st = esp_api_facts_text(j, json, text);
 out:

@@ -5,6 +5,13 @@
 /* Where a measuring stack pretends to live: not a canonical x86-64 address, so a dereference faults at once. */
 #define FAKE_BASE ((char *)0x0200000000000000)
 
+static void account(const esp_backend *be, int64_t delta) {
+  if (be->on_host)
+    esp_mem_account(ESP_MEM_ACTIVATIONS, delta);
+  else
+    esp_mem_account_device(ESP_MEM_ACTIVATIONS, delta);
+}
+
 esp_status esp_stack_init(esp_stack *s, esp_backend *be, int64_t capacity) {
   *s = (esp_stack){.be = be, .capacity = capacity};
   if (capacity == 0 && esp_backend_counts(be)) {
@@ -13,14 +20,14 @@ esp_status esp_stack_init(esp_stack *s, esp_backend *be, int64_t capacity) {
     return ESP_OK;
   }
   s->base = be->ops->alloc(be, ESP_MEM_ACTIVATIONS, capacity);
-  if (!s->base) return esp_fail_oom("the activation stack", (unsigned long long)capacity);
+  if (!s->base) return be->sticky ? be->sticky : esp_fail_oom("the activation stack", (unsigned long long)capacity);
   return ESP_OK;
 }
 
 void esp_stack_deinit(esp_stack *s) {
   if (!s->be) return;
   if (s->measure)
-    esp_mem_account(ESP_MEM_ACTIVATIONS, -s->high);
+    account(s->be, -s->high);
   else
     s->be->ops->free(s->be, s->base);
   *s = (esp_stack){0};
@@ -38,7 +45,7 @@ void *esp_stack_push(esp_stack *s, int64_t bytes) {
   void *p = s->base + s->top;
   s->top += need;
   if (s->top > s->high) {
-    if (s->measure) esp_mem_account(ESP_MEM_ACTIVATIONS, s->top - s->high);
+    if (s->measure) account(s->be, s->top - s->high);
     s->high = s->top;
   }
   return p;

@@ -1,0 +1,21 @@
+# libespalier-cuda-sim.so: the same plug-in, kernels and host code unchanged, over stand-ins for the runtime and the
+# libraries (tests/simcuda). ESPALIER_CUDA_PLUGIN names it. A .cu file is compiled as C++ through a file of one line,
+# since its own language is CUDA's.
+if(NOT ESP_CUDA_INCLUDE OR NOT ESP_CUDNN_INCLUDE OR NOT ESP_NCCL_INCLUDE OR NOT TARGET simcuda_runtime OR NOT TARGET simcuda_libs)
+  message(STATUS "CUDA: the simulation is not built (headers of CUDA, cuDNN and NCCL are needed)")
+  return()
+endif()
+set(sim_sources)
+foreach(kernel IN LISTS ESP_CUDA_KERNELS)
+  get_filename_component(name ${kernel} NAME)
+  file(CONFIGURE OUTPUT ${CMAKE_BINARY_DIR}/simcuda/${name}.cpp CONTENT "#include \"${kernel}\"\n" @ONLY)
+  list(APPEND sim_sources ${CMAKE_BINARY_DIR}/simcuda/${name}.cpp)
+endforeach()
+add_library(espalier-cuda-sim MODULE ${sim_sources} ${ESP_CUDA_HOST})
+esp_cuda_host_flags(espalier-cuda-sim)
+target_include_directories(espalier-cuda-sim BEFORE PRIVATE ${CMAKE_SOURCE_DIR}/tests/simcuda/include)
+target_include_directories(espalier-cuda-sim PRIVATE ${CMAKE_SOURCE_DIR}/include ${CMAKE_SOURCE_DIR}/src ${CMAKE_SOURCE_DIR})
+target_include_directories(espalier-cuda-sim SYSTEM PRIVATE ${ESP_CUDNN_INCLUDE} ${ESP_NCCL_INCLUDE})
+target_compile_definitions(espalier-cuda-sim PRIVATE ESP_SIMCUDA)
+set_target_properties(espalier-cuda-sim PROPERTIES CXX_STANDARD 17 CXX_STANDARD_REQUIRED ON LINKER_LANGUAGE CXX)
+target_link_libraries(espalier-cuda-sim PRIVATE simcuda_runtime simcuda_libs)
