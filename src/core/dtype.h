@@ -6,6 +6,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __cplusplus
+extern "C" { /* kernels files */
+#endif
+
 typedef enum esp_dtype {
   ESP_F32,
   ESP_BF16,
@@ -44,4 +48,7 @@ uint16_t esp_f32_to_f16(float f);
 /* n elements between any two of F32, BF16, F16, F64 (rounded once); buffers must not overlap. */
 void esp_convert(void *dst, esp_dtype dst_type, const void *src, esp_dtype src_type, int64_t n);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

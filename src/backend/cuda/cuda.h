@@ -5,11 +5,11 @@
 
 #include <cuda_runtime_api.h>
 
-#ifdef __cplusplus
-extern "C" { /* the headers of the engine are C */
-#endif
-
 #include "backend/backend.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 typedef struct esp_cuda_matmul esp_cuda_matmul; /* matmul.c: cuBLASLt handle, workspace, chosen algorithms */
 typedef struct esp_cuda_attn esp_cuda_attn;     /* attention.c: sequences of the pass, cuDNN plans */
