@@ -4,7 +4,7 @@
  * at once. A block serves all query heads of a key and value head, eight at a time, so the cache is read from memory
  * once: bytes moved are those of the visible keys and values, plus (head_dim + 2) * 4 per head and chunk of keys. */
 #include "backend/cuda/device.cuh"
-#include "backend/cuda/need.h"
+#include "backend/cuda/need_flash.h"
 
 namespace {
 

@@ -2,7 +2,7 @@
  * The backward pass is two kernels, one over tiles of keys (dK, dV) and one over tiles of queries (dQ): each output is
  * summed by one block in one order, so that two runs give the same bits, for one more computation of the scores. */
 #include "backend/cuda/flash.cuh"
-#include "backend/cuda/need.h"
+#include "backend/cuda/need_flash.h"
 
 namespace {
 

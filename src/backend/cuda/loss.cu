@@ -3,7 +3,7 @@
  * of threads. Bytes per element: 4 + 4 read, 2 or 4 written; the second read comes from the L2 cache as far as the rows
  * in flight fit there, which is why a large row has one block per multiprocessor and no more. */
 #include "backend/cuda/device.cuh"
-#include "backend/cuda/need.h"
+#include "backend/cuda/need_flash.h"
 
 namespace {
 
