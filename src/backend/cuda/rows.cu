@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(256) order_tokens_kernel(int32_t *order, const
   if (lane == 0) order[before] = static_cast<int32_t>(t);
 }
 
-/* The first place after k that holds another id than place k does: in doubling steps, then by halves, because a frequent
- * token may fill thousands of places. */
+/* The first place after k that holds another id than place k does: in doubling steps, then by halves, because a
+ * frequent token may fill thousands of places. */
 __device__ __forceinline__ int64_t end_of_run(const int32_t *ids, const int32_t *order, int64_t k, int64_t tokens) {
   const int32_t id = ids[order[k]];
   int64_t same = k, other = k + 1;
