@@ -32,6 +32,7 @@ class Context:
         self.dry = a.dry
         self.device = "cpu" if a.dry else a.device
         self.on_gpu = self.device != "cpu"
+        self.peer_device = a.peer_device or self.device
         self.clock = Clock(a.deadline)
         self.build = os.path.abspath(a.build)
         self.espalier = os.path.join(self.build, "bin/espalier")
@@ -200,7 +201,13 @@ def parity(c):
 
     try:
         on_cpu = ["parallel.device=cpu"] if c.on_gpu else []
-        run("first")
+        plan = c.run.run([c.espalier, "plan", c.recipe(folder, "first", seq=shape["seq"], steps=steps,
+                                                       batch=shape["batch"]), "--json"], 60, env=c.env)
+        if not plan.ok():
+            raise RuntimeError(f"plan: {plan.why()}")
+        planned = json.loads("".join(plan.lines))["device_peak_bytes" if c.on_gpu else "peak_bytes"]
+        end = run("first").events()[-1]
+        hold("peak_to_plan", abs(end["device_peak" if c.on_gpu else "memory_peak"] / planned - 1), 0.02)
         run("second")
         same = adapter_bytes(folder, "first") == adapter_bytes(folder, "second")
         out["two_runs_equal_bits"] = same and losses(folder, "first") == losses(folder, "second")
@@ -214,7 +221,7 @@ def parity(c):
         hold("fp32_to_cpu", distance(losses(folder, "first32"), losses(folder, "processor32")), 1e-4)
         # a step of next to no length leaves the adapter as it began: what PEFT starts from
         run("start", "optim.lr=1e-30", "train.max_steps=1")
-        peer = [c.python, os.path.join(ROOT, "bench/gpu/peer_step.py"), folder, "--device", c.device, "--steps",
+        peer = [c.python, os.path.join(ROOT, "bench/gpu/peer_step.py"), folder, "--device", c.peer_device, "--steps",
                 str(steps), "--batch", str(shape["batch"]), "--adapter", os.path.join(folder, "start/adapters/t")]
         for dtype, name, bound in (("bf16", "first", 1e-2), ("fp32", "first32", 1e-4)):
             d = c.run.run([*peer, "--dtype", dtype], LIMITS["parity"])
@@ -295,6 +302,7 @@ def main():
     ap.add_argument("--build", default=os.path.join(ROOT, "build/gpu"))
     ap.add_argument("--shapes", default="")
     ap.add_argument("--device", default="cuda")
+    ap.add_argument("--peer-device", default="", help="torch's device (default: the same); cpu for a simulated cuda")
     ap.add_argument("--arch", default="", help="CUDA architecture (default: the device's)")
     ap.add_argument("--steps", type=int, default=8)
     ap.add_argument("--dry", action="store_true")

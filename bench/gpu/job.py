@@ -51,11 +51,11 @@ class DeviceMemory:
 
 class Done:
     """What a process left: rc (None: stopped for time), lines of stdout, stderr, seconds, first (seconds until the line
-    that was waited for), device_bytes and rss (highest)."""
+    that was waited for), device_bytes (highest, above what was used before)."""
 
     def __init__(self):
         self.rc, self.lines, self.err, self.seconds = None, [], "", 0.0
-        self.first, self.device_bytes, self.rss = None, None, 0
+        self.first, self.device_bytes = None, None
 
     def ok(self):
         return self.rc == 0
@@ -109,10 +109,8 @@ class Runner:
         reader.start()
         limit = min(limit, self.clock.left())
         while time.monotonic() - begin < limit:
-            pid, status, usage = os.wait4(p.pid, os.WNOHANG)
-            if pid:
-                d.rc = p.returncode = os.waitstatus_to_exitcode(status)
-                d.rss = usage.ru_maxrss * 1024
+            if p.poll() is not None:
+                d.rc = p.returncode
                 break
             time.sleep(0.02)
         else:

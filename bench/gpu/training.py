@@ -21,7 +21,7 @@ def peaks(c):
     out = {}
     small = ["--small"] if c.dry else []
     for program, limit in (("bench_cuda_gemm", 60), ("bench_cuda_ops", 60)):
-        path = os.path.join(c.build, program)
+        path = os.path.join(c.build, "bin", program)
         if not os.path.exists(path):
             out[program] = {"failed": "not built"}
             continue
@@ -32,7 +32,7 @@ def peaks(c):
         rows = os.path.join(c.work, program + ".jsonl")
         with open(rows, "w") as f:
             f.writelines(d.lines)
-        p = c.run.run([c.python, os.path.join(HERE, "peer_ops.py"), rows, "--device", c.device], limit)
+        p = c.run.run([c.python, os.path.join(HERE, "peer_ops.py"), rows, "--device", c.peer_device], limit)
         theirs = {r["name"]: r for r in p.events()}
         if not p.ok():
             out[program + "_peer"] = {"failed": p.why()}
@@ -58,7 +58,8 @@ def espalier(c, folder, shape, seq, batch):
     plan = c.run.run([c.espalier, "plan", recipe, "--json"], 60, env=c.env)
     if plan.ok():
         p = json.loads("".join(plan.lines))
-        row["plan_bytes"] = p.get("device_peak_bytes") if c.on_gpu else p["peak_bytes"]
+        row["plan_bytes"] = p["device_peak_bytes"] + p["device_overhead_bytes"] if c.on_gpu else p["peak_bytes"]
+        row["plan_own_bytes"] = p["device_peak_bytes"] if c.on_gpu else p["peak_bytes"]
         row["counted_flops_per_step"] = p["flops_per_step"]
     d = c.run.run([c.espalier, "run", recipe, "--overwrite", "--json"], 100, lambda s: '"event": "step"' in s, c.env)
     steps = [e for e in d.events() if e.get("event") == "step"]
@@ -66,21 +67,26 @@ def espalier(c, folder, shape, seq, batch):
         return dict(row, failed=d.why())
     if not d.ok():
         row["failed"] = d.why()
-    tokens = seq * batch
-    return dict(row, tokens_per_s=tokens / median([e["step_seconds"] for e in steps[WARM:]]),
-                first_step_s=d.first, device_bytes=d.device_bytes, rss=d.rss, first_loss=steps[0]["loss"],
-                last_loss=steps[-1]["loss"], own_peak_bytes=steps[-1]["memory_peak"])
+    end = d.events()[-1]
+    own = end.get("device_peak") if c.on_gpu else end.get("memory_peak")
+    row.update(tokens_per_s=seq * batch / median([e["step_seconds"] for e in steps[WARM:]]), first_step_s=d.first,
+               device_bytes=d.device_bytes, first_loss=steps[0]["loss"], last_loss=steps[-1]["loss"])
+    if own and row.get("plan_own_bytes"):
+        row["own_to_plan"] = own / row["plan_own_bytes"]
+    if row["device_bytes"] and row.get("plan_bytes"):
+        row["device_to_plan"] = row["device_bytes"] / row["plan_bytes"]
+    return row
 
 
 def peft(c, folder, side, batch, limit, *options):
-    d = c.run.run([c.python, os.path.join(HERE, "peer_step.py"), folder, "--device", c.device, "--batch", str(batch),
+    d = c.run.run([c.python, os.path.join(HERE, "peer_step.py"), folder, "--device", c.peer_device, "--batch", str(batch),
                    "--steps", str(WARM + c.a.steps), *options], limit, lambda s: '"loss"' in s)
     events = d.events()
     row = {"side": side}
     if not d.ok() or not events or events[-1].get("event") != "result":
         return dict(row, failed=d.why(), device_bytes=d.device_bytes)
     e = events[-1]
-    return dict(row, tokens_per_s=e["tokens_per_s"], first_step_s=d.first, device_bytes=d.device_bytes, rss=d.rss,
+    return dict(row, tokens_per_s=e["tokens_per_s"], first_step_s=d.first, device_bytes=d.device_bytes,
                 first_loss=e["losses"][0], last_loss=e["losses"][-1], allocated_bytes=e.get("allocated_bytes"),
                 versions=e["versions"])
 
@@ -97,7 +103,7 @@ def one_shape(c, name, results, out):
         return
     try:
         d = c.run.run([c.python, os.path.join(HERE, "shapes.py"), name, folder, "--rows", str(4 * batch), "--device",
-                       c.device], 90)
+                       c.peer_device], 90)
         if not d.ok():
             entry["failed"] = d.why()
             return
