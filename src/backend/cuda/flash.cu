@@ -83,9 +83,33 @@ bool takes(esp_backend *be, const esp_attn_args *a, bool backward) {
   return true;
 }
 
-template <class T> void delta(esp_backend *be, const flash_args<T> &p) {
+/* Tensor cores where rows can be read 16 bytes at a time (head_dim a multiple of 8). */
+void forward(esp_backend *be, const flash_args<bf16> &p, int n_tiles) {
+  if (p.vec)
+    flash_mma_forward(be, p, n_tiles);
+  else
+    flash_scalar_forward(be, p, n_tiles);
+}
+void backward(esp_backend *be, const flash_args<bf16> &p, int n_tiles) {
+  if (p.vec)
+    flash_mma_backward(be, p, n_tiles);
+  else
+    flash_scalar_backward(be, p, n_tiles);
+}
+void forward(esp_backend *be, const flash_args<float> &p, int n_tiles) {
+  flash_scalar_forward(be, p, n_tiles);
+}
+void backward(esp_backend *be, const flash_args<float> &p, int n_tiles) {
+  flash_scalar_backward(be, p, n_tiles);
+}
+
+template <class T> void flash_bwd(esp_backend *be, const esp_attn_args *a, const esp_cuda_seqs *s) {
+  float *scratch = static_cast<float *>(esp_cuda_scratch(be, esp_cuda_need_flash_bwd(a)));
+  if (!scratch) return;
+  flash_args<T> p = arguments<T>(a, s, true, scratch);
   int64_t blocks = (p.tokens * p.heads + DELTA_WARPS - 1) / DELTA_WARPS;
   ESP_LAUNCH(be, "attention delta", delta_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(DELTA_WARPS * 32), 0, p);
+  backward(be, p, s->n_tiles);
 }
 
 } // namespace
@@ -93,22 +117,15 @@ template <class T> void delta(esp_backend *be, const flash_args<T> &p) {
 void esp_cuda_flash(esp_backend *be, const esp_attn_args *a, const esp_cuda_seqs *s) {
   if (be->sticky != ESP_OK || esp_tensor_rows(&a->q) == 0 || !takes(be, a, false)) return;
   if (a->q.dtype == ESP_F32)
-    flash_scalar_forward(be, arguments<float>(a, s, false, nullptr), s->n_tiles);
+    forward(be, arguments<float>(a, s, false, nullptr), s->n_tiles);
   else
-    flash_scalar_forward(be, arguments<bf16>(a, s, false, nullptr), s->n_tiles);
+    forward(be, arguments<bf16>(a, s, false, nullptr), s->n_tiles);
 }
 
 void esp_cuda_flash_bwd(esp_backend *be, const esp_attn_args *a, const esp_cuda_seqs *s) {
   if (be->sticky != ESP_OK || esp_tensor_rows(&a->q) == 0 || !takes(be, a, true)) return;
-  float *scratch = static_cast<float *>(esp_cuda_scratch(be, esp_cuda_need_flash_bwd(a)));
-  if (!scratch) return;
-  if (a->q.dtype == ESP_F32) {
-    flash_args<float> p = arguments<float>(a, s, true, scratch);
-    delta(be, p);
-    flash_scalar_backward(be, p, s->n_tiles);
-  } else {
-    flash_args<bf16> p = arguments<bf16>(a, s, true, scratch);
-    delta(be, p);
-    flash_scalar_backward(be, p, s->n_tiles);
-  }
+  if (a->q.dtype == ESP_F32)
+    flash_bwd<float>(be, a, s);
+  else
+    flash_bwd<bf16>(be, a, s);
 }
