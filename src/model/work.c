@@ -3,11 +3,14 @@
  * backend asks for the same bytes. */
 #include "model/internal.h"
 
-/* Rows of fp32 logits that exist at a time, about 50 MB: the head's weight is read once per chunk, forward and back. */
+/* Rows of fp32 logits that exist at a time: the head's weight is read once per chunk, forward and back. About 50 MB on
+ * a host, where more leaves the caches; 512 MB on a device, where fewer rows leave its multipliers waiting for the
+ * weight. */
 int64_t esp_head_chunk(const esp_model *m, int64_t rows) {
-  int64_t c = (INT64_C(12) << 20) / m->d.vocab / 32 * 32;
+  bool host = esp_backend_on_host(m->be);
+  int64_t c = (INT64_C(1) << 20) * (host ? 12 : 128) / m->d.vocab / 32 * 32, most = host ? 1024 : 4096;
   if (c < 64) c = 64;
-  if (c > 1024) c = 1024;
+  if (c > most) c = most;
   return rows < c ? rows : c;
 }
 

@@ -168,6 +168,7 @@ static esp_status one_step(esp_loop *l, const esp_recipe_task *t, const esp_pack
   esp_cursor *at = &l->state.at;
   double began = esp_now(), lr = learning_rate(l, t, task_steps);
   esp_step_in in = {.packs = packs,
+                    .most = l->plan.task[at->task].max_tokens,
                     .epoch_step = at->epoch_step,
                     .micro_batch = t->train.micro_batch_size,
                     .accumulate = t->train.gradient_accumulation_steps,

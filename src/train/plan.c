@@ -85,6 +85,7 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   ESP_GOTO(esp_packs_create(d->task[task], &t->data_cfg, r->seed, task, 0, &packs));
   double before = e->be->stats.flops;
   esp_step_in in = {.packs = packs,
+                    .most = c->max_tokens,
                     .micro_batch = t->train.micro_batch_size,
                     .accumulate = t->train.gradient_accumulation_steps,
                     .lr = t->optim.lr,

@@ -15,11 +15,20 @@ int64_t esp_train_pad(int64_t tokens) {
   return (tokens + PAD - 1) / PAD * PAD;
 }
 
-static esp_status fetch(const esp_step_in *in, int64_t first, esp_rows *rows, int64_t *real) {
+/* On a device a step costs the host as much as its launches unless they can be replayed, which wants few shapes: sizes
+ * are rounded up to eighths of the largest micro-batch. */
+static int64_t pad_for(const esp_backend *be, const esp_step_in *in, int64_t tokens) {
+  int64_t padded = esp_train_pad(tokens);
+  if (be->on_host) return padded;
+  int64_t eighth = (in->most / 8 + 63) / 64 * 64, up = eighth > 0 ? (padded + eighth - 1) / eighth * eighth : padded;
+  return up < in->most ? up : padded > in->most ? padded : in->most;
+}
+
+static esp_status fetch(const esp_backend *be, const esp_step_in *in, int64_t first, esp_rows *rows, int64_t *real) {
   int64_t left = esp_packs_count(in->packs) - first, n = left < in->micro_batch ? left : in->micro_batch;
   ESP_TRY(esp_packs_fetch(in->packs, first, n, 0, rows));
   *real = rows->tokens;
-  int64_t padded = esp_train_pad(rows->tokens);
+  int64_t padded = pad_for(be, in, rows->tokens);
   if (padded != rows->tokens) ESP_TRY(esp_packs_fetch(in->packs, first, n, padded, rows));
   return ESP_OK;
 }
@@ -34,7 +43,7 @@ static esp_status micro_batches(esp_engine *e, const esp_step_in *in, esp_rows *
     int64_t slot = m * e->comm->size + e->comm->rank;
     int64_t first = (in->epoch_step * in->accumulate * e->comm->size + slot) * in->micro_batch, real = 0;
     if (first >= esp_packs_count(in->packs)) break; /* the tail of an epoch: nothing is left for this rank */
-    ESP_TRY(fetch(in, first, rows, &real));
+    ESP_TRY(fetch(e->be, in, first, rows, &real));
     esp_batch b = {rows->tokens,  rows->ids,        rows->targets, rows->positions,
                    rows->weights, rows->cu_seqlens, rows->n_seqs};
     ESP_TRY(

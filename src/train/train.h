@@ -81,6 +81,7 @@ typedef struct esp_step_in {
   const esp_packs *packs;
   int64_t epoch_step; /* step within the epoch */
   int64_t micro_batch, accumulate;
+  int64_t most; /* tokens of the task's largest micro-batch, padded (esp_task_steps.max_tokens) */
   int64_t step; /* of the run, 0-based: keys dropout */
   double lr;    /* scheduled */
   esp_ckpt_mode ckpt;

@@ -13,7 +13,7 @@ allowed() {
   model) echo core io backend model ;;
   adapters) echo core io backend model adapters ;;
   optim) echo core io backend optim ;;
-  dist) echo core dist ;;
+  dist) echo core backend dist ;;
   tasks) echo core io tasks ;;
   recipe) echo core io backend text model adapters optim recipe ;;
   train) echo core io backend text model adapters optim dist tasks recipe train ;;
@@ -28,7 +28,7 @@ for dir in src/* adapters optim dist; do
   room=$(basename "$dir")
   ok=" $(allowed "$room") "
   [ "$ok" = "  " ] && { echo "arrows: room '$room' is not in the design"; bad=1; continue; }
-  for line in $(grep -rhoE '^#include "[a-z_]+/' "$dir" --include='*.[ch]' | sed -E 's/.*"([a-z_]+)\//\1/' | sort -u); do
+  for line in $(grep -rhoE '^#include "[a-z_]+/' "$dir" --include='*.[ch]' --include='*.cu' --include='*.cuh' | sed -E 's/.*"([a-z_]+)\//\1/' | sort -u); do
     case "$line" in
     espalier) case $room in core | api | cli | train | tasks | eval | merge) ;; *) echo "arrows: $dir includes espalier/"; bad=1 ;; esac ;;
     *) case "$ok" in *" $line "*) ;; *)

@@ -17,9 +17,10 @@ typedef struct esp_cuda_pieces esp_cuda_pieces; /* graph.c: recorded pieces */
 
 enum { ESP_CUDA_CHANNELS = 2, ESP_CUDA_RING = 4, ESP_CUDA_RING_BYTES = 4 << 20 };
 
-typedef struct esp_cuda_chunk { /* page-locked memory that an upload passes through */
-  void *host;
-  cudaEvent_t done; /* the copy out of it */
+typedef struct esp_cuda_chunk { /* page-locked memory that uploads pass through */
+  char *host;
+  size_t used;
+  cudaEvent_t done; /* the last copy out of it, once it is full */
   bool busy;
 } esp_cuda_chunk;
 
@@ -31,13 +32,14 @@ typedef struct esp_cuda {
   cudaStream_t copy[ESP_CUDA_CHANNELS];
   cudaEvent_t issued[ESP_CUDA_CHANNELS], staged[ESP_CUDA_CHANNELS];
   esp_cuda_chunk ring[ESP_CUDA_RING];
-  int ring_next;
+  int ring_at;
   void *scratch; /* one block, shared by the operations: they run one after the other */
   int64_t scratch_bytes;
   double *sum;                   /* device: where `dot` leaves its result */
   struct esp_cuda_block *blocks; /* what alloc gave, for the books */
   int n_blocks, cap_blocks;
   bool capturing;
+  bool no_pieces; /* ESPALIER_CUDA_GRAPHS=0: everything is issued directly, for comparison */
   esp_cuda_matmul *mm;
   esp_cuda_attn *attn;
   esp_cuda_pieces *pieces;

@@ -134,18 +134,33 @@ void esp_cuda_host_free(esp_backend *be, void *ptr) {
 
 /* ---- copies ---- */
 
+/* The chunk that is being filled; when it is full the next one, as soon as its copies are over. Small uploads share a
+ * chunk, so that the host runs several passes ahead of the device. */
+static esp_cuda_chunk *room(esp_backend *be) {
+  esp_cuda *c = esp_cuda_of(be);
+  esp_cuda_chunk *k = &c->ring[c->ring_at];
+  if (k->used < ESP_CUDA_RING_BYTES) return k;
+  if (!esp_cuda_ok(be, cudaEventRecord(k->done, c->stream), "upload")) return NULL;
+  k->busy = true;
+  c->ring_at = (c->ring_at + 1) % ESP_CUDA_RING;
+  k = &c->ring[c->ring_at];
+  if (k->busy && !esp_cuda_ok(be, cudaEventSynchronize(k->done), "upload")) return NULL;
+  k->busy = false;
+  k->used = 0;
+  return k;
+}
+
 void esp_cuda_upload(esp_backend *be, void *dst, const void *host, int64_t bytes) {
   esp_cuda *c = esp_cuda_of(be);
-  for (int64_t at = 0; at < bytes && be->sticky == ESP_OK; at += ESP_CUDA_RING_BYTES) {
-    size_t n = (size_t)(bytes - at < ESP_CUDA_RING_BYTES ? bytes - at : ESP_CUDA_RING_BYTES);
-    esp_cuda_chunk *k = &c->ring[c->ring_next];
-    c->ring_next = (c->ring_next + 1) % ESP_CUDA_RING;
-    if (k->busy && !esp_cuda_ok(be, cudaEventSynchronize(k->done), "upload")) return;
-    memcpy(k->host, (const char *)host + at, n);
-    if (!esp_cuda_ok(be, cudaMemcpyAsync((char *)dst + at, k->host, n, cudaMemcpyHostToDevice, c->stream), "upload"))
-      return;
-    esp_cuda_ok(be, cudaEventRecord(k->done, c->stream), "upload");
-    k->busy = true;
+  for (int64_t at = 0; at < bytes && be->sticky == ESP_OK;) {
+    esp_cuda_chunk *k = room(be);
+    if (!k) return;
+    size_t left = ESP_CUDA_RING_BYTES - k->used, n = (size_t)(bytes - at) < left ? (size_t)(bytes - at) : left;
+    memcpy(k->host + k->used, (const char *)host + at, n);
+    esp_cuda_ok(be, cudaMemcpyAsync((char *)dst + at, k->host + k->used, n, cudaMemcpyHostToDevice, c->stream),
+                "upload");
+    k->used += (n + 63) / 64 * 64;
+    at += (int64_t)n;
   }
 }
 
@@ -194,6 +209,8 @@ esp_status esp_cuda_device_open(esp_backend *be, int device) {
   if (!c) return esp_fail(ESP_ERR_MEMORY, "cuda: out of host memory");
   be->impl = c;
   c->device = device;
+  const char *graphs = getenv("ESPALIER_CUDA_GRAPHS");
+  c->no_pieces = graphs && !strcmp(graphs, "0");
   if (!esp_cuda_ok(be, cudaSetDevice(device), "choosing the device") ||
       !esp_cuda_ok(be, cudaGetDeviceProperties(&p, device), "reading the device"))
     return be->sticky;
@@ -213,7 +230,7 @@ esp_status esp_cuda_device_open(esp_backend *be, int device) {
   }
   for (int i = 0; i < ESP_CUDA_RING; i++) {
     esp_cuda_ok(be, cudaEventCreateWithFlags(&c->ring[i].done, cudaEventDisableTiming), "an event");
-    esp_cuda_ok(be, cudaHostAlloc(&c->ring[i].host, ESP_CUDA_RING_BYTES, cudaHostAllocDefault),
+    esp_cuda_ok(be, cudaHostAlloc((void **)&c->ring[i].host, ESP_CUDA_RING_BYTES, cudaHostAllocDefault),
                 "page-locked host memory");
   }
   c->sum = esp_cuda_alloc(be, ESP_MEM_WORKSPACE, sizeof(double));

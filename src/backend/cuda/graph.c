@@ -32,7 +32,7 @@ static piece *find(const esp_cuda_pieces *p, uint64_t key) {
 
 bool esp_cuda_piece_begin(esp_backend *be, uint64_t key, uint64_t pair) {
   esp_cuda *c = esp_cuda_of(be);
-  if (be->sticky != ESP_OK) return false;
+  if (be->sticky != ESP_OK || c->no_pieces) return false;
   if (!c->pieces) {
     c->pieces = calloc(1, sizeof *c->pieces);
     if (!c->pieces) return false;

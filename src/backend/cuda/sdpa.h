@@ -17,8 +17,8 @@ typedef struct esp_sdpa_facts {
  * the path of saved plans, $XDG_CACHE_HOME/espalier/sdpa-<gpu>-<version>/. */
 esp_status esp_sdpa_plans_open(cudaStream_t stream, const char *gpu, int cc, esp_sdpa_plans **out);
 void esp_sdpa_plans_close(esp_sdpa_plans *p);
-/* Does this cuDNN on this device do attention of packed sequences at all? */
-bool esp_sdpa_plans_usable(const esp_sdpa_plans *p);
+/* Does this cuDNN on this device do attention of packed sequences at all? Opens it on the first call. */
+bool esp_sdpa_plans_usable(esp_sdpa_plans *p, bool backward);
 /* The plan of a shape, from memory, from disk, or compiled now (a second or less). NULL: refused, or it wants more than
  * `max_workspace` bytes. */
 const esp_sdpa_plan *esp_sdpa_plans_get(esp_sdpa_plans *p, const esp_sdpa_shape *s, int64_t max_workspace);

@@ -7,7 +7,7 @@
  * one adds partial dQ into fp32 memory as blocks finish. */
 #include "backend/cuda/sdpa_graph.h"
 
-#include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 
 typedef struct tensor {
@@ -75,7 +75,7 @@ static void push(build *b, cudnnBackendDescriptor_t op, const char *what) {
   b->ops[b->g->n_ops++] = op;
 }
 
-/* uid 0: virtual, it exists only inside the graph. */
+/* uid 0: virtual, it exists only inside the graph. Pointers are multiples of 16 bytes: no engine takes less. */
 static tensor tensor_of(build *b, int64_t uid, int type, const int64_t dim[4], const int64_t stride[4], bool by_value,
                         cudnnBackendDescriptor_t ragged) {
   tensor t = {make(b, CUDNN_BACKEND_TENSOR_DESCRIPTOR), {0}, {0}};
@@ -382,10 +382,12 @@ esp_status esp_sdpa_build(const esp_cudnn *dnn, const esp_sdpa_shape *s, cudnnHa
   if (handle) set(&b, out->opgraph, CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE, 1, &handle);
   finalize(&b, out->opgraph, "graph");
   if (b.status == CUDNN_STATUS_SUCCESS) return ESP_OK;
-  char text[512] = "";
+  char text[160] = "", why[sizeof out->why];
   dnn->last_error(text, sizeof text);
+  snprintf(why, sizeof why, "graph: %s: %.40s: %s", b.what, dnn->status_text(b.status), text);
   esp_sdpa_graph_free(dnn, out);
-  return esp_fail(ESP_ERR_DEVICE, "cuDNN: attention graph: %s: %s: %s", b.what, dnn->status_text(b.status), text);
+  memcpy(out->why, why, sizeof why);
+  return ESP_ERR_DEVICE;
 }
 
 /* ---- the kinds of graphs there are ---- */
@@ -412,8 +414,8 @@ static esp_sdpa_shape backward_of(esp_sdpa_shape x, int64_t kv_heads) {
   x.stats = 0;
   x.ld_do = x.ld_o;
   x.ld_dq = x.ld_q;
-  x.ld_dk = group > 1 ? kv_heads * x.head_dim : x.ld_k;
-  x.ld_dv = group > 1 ? kv_heads * x.head_dim : x.ld_v;
+  x.ld_dk = group > 1 ? x.kv_heads * x.head_dim : x.ld_k;
+  x.ld_dv = group > 1 ? x.kv_heads * x.head_dim : x.ld_v;
   x.heads = kv_heads * group;
   x.kv_heads = kv_heads;
   return x;

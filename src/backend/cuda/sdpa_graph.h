@@ -84,12 +84,13 @@ typedef struct esp_sdpa_graph {
   cudnnBackendDescriptor_t opgraph;
   cudnnBackendDescriptor_t all[ESP_SDPA_MAX_DESCRIPTORS]; /* opgraph's parts and itself, in the order made */
   int n_all, n_ops;
+  char why[256]; /* of a failure */
 } esp_sdpa_graph;
 
 /* The distinct strides of a shape's ragged tensors, in the order of their ragged offsets. Returns how many. */
 int esp_sdpa_strides(const esp_sdpa_shape *s, int64_t out[ESP_SDPA_MAX_STRIDES]);
 /* `handle` may be NULL: the graph is then for a device that is described (esp_sdpa_plan_make). A failure leaves nothing
- * to free. */
+ * to free and its reason in `why`; the thread's message stays as it is, for the caller may go on without cuDNN. */
 esp_status esp_sdpa_build(const esp_cudnn *dnn, const esp_sdpa_shape *s, cudnnHandle_t handle, esp_sdpa_graph *out);
 void esp_sdpa_graph_free(const esp_cudnn *dnn, esp_sdpa_graph *g);
 
@@ -98,7 +99,7 @@ void esp_sdpa_graph_free(const esp_cudnn *dnn, esp_sdpa_graph *g);
 int esp_sdpa_enumerate(esp_sdpa_shape *out, int max);
 
 /* sdpa_plan.c: the first plan that the heuristics offer and that can be made, for the device of `handle` or, where that
- * is NULL, for `device` (a finalised CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR). */
+ * is NULL, for `device` (a finalised CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR). A failure: graph.why. */
 typedef struct esp_sdpa_plan {
   cudnnBackendDescriptor_t plan;
   int64_t workspace; /* bytes */
