@@ -6,6 +6,10 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include <vector_types.h>
+
+#include "../simcuda.h"
+
 /* The toolkit's headers define __global__, __device__ and the like as nothing for a host's compiler. Shared memory has
  * to be one object for all threads of a block: a static variable, since all of them run on one thread of the host. It
  * is a thread-local one only so that it can be told from other statics in the symbol table (runtime_symbols.cpp), and

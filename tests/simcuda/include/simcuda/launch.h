@@ -5,6 +5,8 @@
 #include <functional>
 #include <tuple>
 
+#include "language.h"
+
 namespace simcuda {
 
 /* One launch, with its arguments: it can wait in a stream's queue or be part of a graph. */

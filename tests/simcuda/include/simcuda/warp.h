@@ -3,9 +3,12 @@
 #ifndef SIMCUDA_WARP_H
 #define SIMCUDA_WARP_H
 
+#include <stdint.h>
 #include <string.h>
 
 #include <type_traits>
+
+#include "language.h"
 
 namespace simcuda {
 
