@@ -68,7 +68,6 @@ static int on_tails_bwd(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp
   for (int k = c->n - 1; k >= 0; k--) {
     esp_adapter *a = c->list[k];
     if (a->kind->tails_bwd) n += a->kind->tails_bwd(a, run, g, x, dy, tails + n, max - n, gslot(c, g, k));
-    if (a->trainable) a->backwards++;
   }
   return n;
 }
@@ -92,7 +91,6 @@ static void on_embed_bwd(void *ctx, esp_run *run, esp_site *s, const int32_t *id
   for (int k = c->n - 1; k >= 0; k--) {
     if (c->list[k]->kind->embed_bwd) c->list[k]->kind->embed_bwd(c->list[k], run, s, ids, dy, sslot(c, s, k));
     esp_train_modules_embed_bwd(c->list[k], run, s, ids, dy);
-    if (c->list[k]->trainable) c->list[k]->backwards++;
   }
 }
 
@@ -109,6 +107,11 @@ static uint64_t on_version(void *ctx) {
     v = esp_rng_stream(0, v, bits, a->revision * 2 + a->trainable);
   }
   return v ? v : 1;
+}
+
+static void on_stepped(void *ctx) {
+  active_set *c = ctx;
+  for (int k = 0; k < c->n; k++) c->list[k]->backwards += c->list[k]->trainable;
 }
 
 static active_set *current(esp_model *m) {
@@ -149,7 +152,8 @@ static esp_adapter_hooks hooks_of(active_set *c) {
                          .embed = on_embed,
                          .embed_bwd = on_embed_bwd,
                          .lowest_layer = on_lowest_layer,
-                         .version = on_version};
+                         .version = on_version,
+                         .stepped = on_stepped};
   for (int k = 0; k < c->n; k++) {
     const esp_adapter_kind *kind = c->list[k]->kind;
     if (kind->input) h.input = on_input;

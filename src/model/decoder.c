@@ -165,6 +165,7 @@ esp_status esp_model_step(esp_model *m, esp_stack *stack, const esp_batch *b, es
   if (st == ESP_OK && back) {
     if (!esp_backend_piece_begin(m->be, second, 0)) backward(&p, ckpt, lowest);
     esp_backend_piece_end(m->be, second);
+    if (m->hooks && m->hooks->stepped) m->hooks->stepped(m->hooks->ctx);
   }
   esp_stack_release(stack, mark);
   if (st == ESP_OK && out) st = esp_model_sums(m, out);

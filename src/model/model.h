@@ -109,6 +109,8 @@ typedef struct esp_adapter_hooks {
   /* What the operations that the hooks issue depend on beside the shapes: equal versions, equal operations on equal
    * addresses. 0 (or NULL): the hooks do work on the host, so that nothing may be replayed. */
   uint64_t (*version)(void *ctx);
+  /* After each backward pass, issued or replayed. NULL: not wanted. */
+  void (*stepped)(void *ctx);
 } esp_adapter_hooks;
 
 typedef enum esp_ckpt_mode { ESP_CKPT_OFF, ESP_CKPT_FULL } esp_ckpt_mode;

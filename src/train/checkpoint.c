@@ -16,9 +16,14 @@
 
 /* ---- tensors ---- */
 
-/* One state (which >= 0) or the masters (-1) of a parameter, through a host buffer. */
-static void get_values(const esp_engine *e, int which, int i, float *host) {
+/* One state (which >= 0) or the masters (-1) of a parameter, through a host buffer. values: see esp_checkpoint_write.
+ */
+static void get_values(const esp_engine *e, const float *values, int which, int i, float *host) {
   const esp_params *ps = e->adapter->params;
+  if (values) {
+    memcpy(host, values + (which + 1) * ps->total + ps->list[i].offset, (size_t)ps->list[i].numel * sizeof *host);
+    return;
+  }
   if (which < 0) {
     esp_params_get(ps, i, host);
     return;
@@ -49,7 +54,7 @@ static char *tensor_name(const esp_engine *e, int which, int i) {
   return esp_mem_printf(ESP_MEM_HOST, "%s.%s", e->optim->kind->state_names[which], name);
 }
 
-static esp_status write_tensors(const esp_engine *e, const char *path, int first, int last) {
+static esp_status write_tensors(const esp_engine *e, const float *values, const char *path, int first, int last) {
   esp_status st = ESP_OK;
   const esp_params *ps = e->adapter->params;
   esp_st_writer *w = NULL;
@@ -68,7 +73,7 @@ static esp_status write_tensors(const esp_engine *e, const char *path, int first
           ESP_GOTO(esp_st_writer_declare(w, name, ESP_F32, p->ndim, p->shape));
           continue;
         }
-        get_values(e, which, i, host);
+        get_values(e, values, which, i, host);
         ESP_GOTO(esp_st_writer_put(w, name, host, p->numel * (int64_t)sizeof(float)));
       }
   st = esp_st_writer_commit(w);
@@ -353,7 +358,7 @@ esp_status esp_checkpoint_prune(const esp_recipe *r, int keep) {
 }
 
 esp_status esp_checkpoint_write(const esp_engine *e, const esp_run_state *s, const esp_task_steps *tasks,
-                                const esp_matrix *matrix, char path[ESP_PATH]) {
+                                const esp_matrix *matrix, const float *values, char path[ESP_PATH]) {
   char dir[ESP_PATH], name[64], staged[ESP_PATH] = "", file[ESP_PATH];
   esp_status st = ESP_OK;
   int n = snprintf(name, sizeof name, "checkpoint-%08lld", (long long)s->at.step);
@@ -361,9 +366,9 @@ esp_status esp_checkpoint_write(const esp_engine *e, const esp_run_state *s, con
   ESP_TRY(esp_mkdirs(folder(dir, e->r)));
   esp_path_join(path, ESP_PATH, dir, name);
   ESP_GOTO(esp_dir_stage(path, staged, sizeof staged));
-  ESP_GOTO(write_tensors(e, esp_path_join(file, sizeof file, staged, parts[0]), -1, 0));
+  ESP_GOTO(write_tensors(e, values, esp_path_join(file, sizeof file, staged, parts[0]), -1, 0));
   if (e->optim->kind->n_states > 0)
-    ESP_GOTO(write_tensors(e, esp_path_join(file, sizeof file, staged, parts[1]), 0, e->optim->kind->n_states));
+    ESP_GOTO(write_tensors(e, values, esp_path_join(file, sizeof file, staged, parts[1]), 0, e->optim->kind->n_states));
   ESP_GOTO(save_state(s, e->r, tasks, esp_path_join(file, sizeof file, staged, parts[2])));
   if (matrix) ESP_GOTO(esp_matrix_save(matrix, esp_path_join(file, sizeof file, staged, parts[3])));
   ESP_GOTO(save_manifest(staged));

@@ -25,9 +25,11 @@ typedef struct esp_run_state { /* plain bytes: broadcast as it is */
   char base[ESP_PATH]; /* model directory of the present task when it is not the recipe's, relative to the run */
 } esp_run_state;
 
-/* Rank 0 only. tasks: what esp_task_count said, to notice changed data on resume. path receives the directory. */
+/* Rank 0 only. tasks: what esp_task_count said, to notice changed data on resume. values: the masters and then each
+ * state of the optimizer, copied to the host before (params->total floats each); NULL: read from the backend. path
+ * receives the directory. */
 esp_status esp_checkpoint_write(const esp_engine *e, const esp_run_state *s, const esp_task_steps *tasks,
-                                const esp_matrix *matrix, char path[ESP_PATH]);
+                                const esp_matrix *matrix, const float *values, char path[ESP_PATH]);
 /* Newest complete checkpoint. Damaged ones are passed over and counted. path "" when there is none. matrix may be
  * NULL. Checks the recipe hash and the rank count: ESP_ERR_RECIPE. */
 esp_status esp_checkpoint_find(const esp_recipe *r, int ranks, const esp_task_steps *tasks, esp_run_state *s,

@@ -71,24 +71,41 @@ static esp_status begin_task(esp_loop *l, int i, bool first) {
   return esp_comm_agree(l->comm, st);
 }
 
-static esp_status checkpoint(esp_loop *l) {
+/* Rank 0: a checkpoint is complete at `path`. */
+static esp_status written(esp_loop *l, const char *path) {
+  ESP_TRY(esp_checkpoint_prune(l->r, l->r->checkpoint.keep));
+  snprintf(l->checkpoint, sizeof l->checkpoint, "%s", path);
+  esp_event e = esp_loop_event(l, ESP_EVENT_CHECKPOINT);
+  e.path = path;
+  esp_loop_emit(l, &e);
+  return ESP_OK;
+}
+
+/* Rank 0: the one that is being written, if any. */
+static esp_status finish_background(esp_loop *l) {
+  char path[ESP_PATH];
+  ESP_TRY(esp_background_join(l->background, path));
+  return path[0] ? written(l, path) : ESP_OK;
+}
+
+/* between_steps: training goes on at once, so that the files may be written beside it. */
+static esp_status checkpoint(esp_loop *l, bool between_steps) {
   esp_run_state *s = &l->state;
   esp_status st = l->pending;
   if (l->comm->rank == 0 && st == ESP_OK) {
     char path[ESP_PATH];
+    st = finish_background(l);
     esp_recipe_hash(l->r, s->recipe_hash);
     snprintf(s->fingerprint, sizeof s->fingerprint, "%s", esp_model_fingerprint(l->engine.model));
     s->ranks = l->comm->size;
     s->optim_step = l->engine.optim->step;
     s->backwards = l->engine.adapter->backwards;
-    st = esp_metrics_sync(&l->metrics, &s->jsonl_bytes, &s->events_bytes);
-    if (st == ESP_OK) st = esp_checkpoint_write(&l->engine, s, l->plan.task, l->matrix, path);
-    if (st == ESP_OK) st = esp_checkpoint_prune(l->r, l->r->checkpoint.keep);
-    if (st == ESP_OK) {
-      snprintf(l->checkpoint, sizeof l->checkpoint, "%s", path);
-      esp_event e = esp_loop_event(l, ESP_EVENT_CHECKPOINT);
-      e.path = path;
-      esp_loop_emit(l, &e);
+    if (st == ESP_OK) st = esp_metrics_sync(&l->metrics, &s->jsonl_bytes, &s->events_bytes);
+    if (st == ESP_OK && between_steps && esp_background_bytes(&l->engine) > 0) {
+      st = esp_background_start(&l->background, &l->engine, s, l->plan.task, l->matrix);
+    } else if (st == ESP_OK) {
+      st = esp_checkpoint_write(&l->engine, s, l->plan.task, l->matrix, NULL, path);
+      if (st == ESP_OK) st = written(l, path);
     }
   }
   return esp_comm_agree(l->comm, st);
@@ -190,7 +207,7 @@ static esp_status one_step(esp_loop *l, const esp_recipe_task *t, const esp_pack
 }
 
 static esp_status interrupted(esp_loop *l) {
-  ESP_TRY(checkpoint(l));
+  ESP_TRY(checkpoint(l, false));
   return esp_fail(ESP_ERR_INTERRUPTED, "stopped after step %lld of %lld; complete checkpoint: %s",
                   (long long)l->state.at.step, (long long)l->total_steps,
                   l->comm->rank == 0 ? l->checkpoint : "written by rank 0");
@@ -220,10 +237,12 @@ static esp_status task_steps_loop(esp_loop *l, int task) {
     ESP_GOTO(one_step(l, t, packs, epoch_steps, steps, &stop));
     bool ends = at->task_step >= steps;
     if (!ends && l->r->eval.every > 0 && at->task_step % l->r->eval.every == 0) ESP_GOTO(esp_loop_midway(l, t));
+    /* told as soon as it is there, on one rank: with more, agreeing would cost each step a message */
+    if (l->comm->size == 1 && esp_background_done(l->background)) ESP_GOTO(finish_background(l));
     if (stop)
       ESP_GOTO(interrupted(l));
     else if (!ends && l->r->checkpoint.every > 0 && at->step % l->r->checkpoint.every == 0)
-      ESP_GOTO(checkpoint(l));
+      ESP_GOTO(checkpoint(l, true));
   }
 out:
   esp_packs_destroy(packs);
@@ -236,6 +255,7 @@ static esp_status end_task(esp_loop *l, int task) {
   char path[ESP_PATH], base[ESP_PATH], rel[ESP_PATH], merged[ESP_PATH];
   esp_adapter *a = l->engine.adapter;
   if (a->kind->task_end) a->kind->task_end(a);
+  ESP_TRY(esp_comm_agree(l->comm, l->comm->rank == 0 ? finish_background(l) : ESP_OK));
   ESP_TRY(esp_loop_save_adapter(l, "adapters", t->name, path));
   ESP_TRY(esp_loop_matrix_row(l, task + 1));
   ESP_TRY(esp_loop_best_of_row(l, task + 1));
@@ -259,7 +279,7 @@ static esp_status end_task(esp_loop *l, int task) {
   l->state.at = (esp_cursor){.task = task + 1, .step = l->state.at.step};
   l->state.watch = (esp_watch){0};
   if (!last) ESP_TRY(begin_task(l, task + 1, false));
-  return checkpoint(l);
+  return checkpoint(l, false);
 }
 
 static esp_status tasks_loop(esp_loop *l) {
@@ -332,7 +352,7 @@ static esp_status run(esp_loop *l, bool resume) {
   if (!resumed && l->matrix) {
     /* A new adapter changes nothing yet: row 0 is the untouched base. */
     if (l->r->continual.baseline) ESP_TRY(esp_loop_matrix_row(l, 0));
-    ESP_TRY(checkpoint(l));
+    ESP_TRY(checkpoint(l, false));
   }
   return tasks_loop(l);
 }
@@ -360,6 +380,7 @@ esp_status esp_train_run(const esp_recipe *r, esp_comm *comm, const esp_train_ho
   }
   esp_metrics_close(&l->metrics);
   if (l->log) fclose(l->log);
+  esp_background_destroy(l->background);
   esp_rows_deinit(&l->rows);
   esp_engine_deinit(&l->engine);
   esp_matrix_destroy(l->matrix);

@@ -4,7 +4,7 @@
 
 #include <stdio.h>
 
-#include "train/checkpoint.h"
+#include "train/background.h"
 #include "train/metrics.h"
 
 typedef struct esp_loop {
@@ -25,6 +25,7 @@ typedef struct esp_loop {
   FILE *log;                    /* run.log, rank 0 */
   double started, step_seconds; /* step_seconds: running mean, for the ETA */
   esp_rows rows;
+  esp_background *background; /* the checkpoint being written beside the steps; NULL before the first */
 } esp_loop;
 
 /* report.c: events, on rank 0. */

@@ -10,7 +10,7 @@
 
 #include "backend/plugin.h"
 #include "io/file.h"
-#include "train/train.h"
+#include "train/background.h"
 
 static int64_t cgroup_limit(void) {
   static const char *const files[] = {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
@@ -157,13 +157,15 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   esp_mem_stats_get(&s);
   bool nccl = comm->size > 1 && !e.be->on_host; /* the plug-in's own segment buffer */
   int64_t reduce = comm->size > 1 && !nccl ? esp_comm_workspace(comm->size, e.adapter->params->total) : 0;
-  p->peak_bytes = s.peak_total + reduce;
+  int64_t snapshot = r->checkpoint.every > 0 ? esp_background_bytes(&e) : 0;
+  p->peak_bytes = s.peak_total + reduce + snapshot;
   int64_t segments = nccl ? esp_comm_device_workspace(comm->size, e.adapter->params->total) : 0;
   s.peak_device += segments;
   p->n_categories = ESP_MEM_KINDS;
   for (int k = 0; k < ESP_MEM_KINDS; k++) {
     p->category_name[k] = esp_mem_kind_name((esp_mem_kind)k);
-    p->category_bytes[k] = s.peak[k] + (k == ESP_MEM_WORKSPACE ? reduce + segments : 0);
+    p->category_bytes[k] =
+        s.peak[k] + (k == ESP_MEM_WORKSPACE ? reduce + segments : 0) + (k == ESP_MEM_HOST ? snapshot : 0);
   }
   p->limit_bytes = esp_memory_limit(r);
   p->fits = p->peak_bytes <= p->limit_bytes;
