@@ -6,7 +6,10 @@
   X(libs_cublaslt_products)                                                                                            \
   X(libs_cublaslt_tf32)                                                                                                \
   X(libs_cublaslt_refusals)                                                                                            \
-  X(libs_cublaslt_launch_refusals)
+  X(libs_cublaslt_launch_refusals)                                                                                     \
+  X(libs_cudnn_attention)                                                                                              \
+  X(libs_cudnn_refusals)                                                                                               \
+  X(libs_cudnn_graph_refusals)
 
 #define DECLARE(name) void name(void **state);
 LIBS_TESTS(DECLARE)
