@@ -12,7 +12,7 @@
 #include <string.h>
 
 #include "backend/cuda/matmul_impl.h"
-#include "backend/cuda/need.h"
+#include "backend/cuda/need_matmul.h"
 
 /* c = alpha op(a) op(b) + bias + beta c */
 typedef struct product {
@@ -77,14 +77,12 @@ static esp_tensor converted(esp_backend *be, char **at, int64_t bytes, esp_tenso
   return copy;
 }
 
-/* The sum over nothing: c = beta c + bias. */
+/* The sum over nothing: c = beta c + bias. No training step has one, so its rows may be cleared one by one. */
 static void empty_sum(esp_backend *be, const product *p) {
-  size_t size = esp_dtype_size(p->c.dtype);
+  int64_t row = ld_of(&p->c) * (int64_t)esp_dtype_size(p->c.dtype);
+  int64_t width = esp_tensor_cols(&p->c) * (int64_t)esp_dtype_size(p->c.dtype);
   if (p->beta == 0)
-    esp_cuda_ok(be,
-                cudaMemset2DAsync(p->c.data, (size_t)ld_of(&p->c) * size, 0, (size_t)esp_tensor_cols(&p->c) * size,
-                                  (size_t)esp_tensor_rows(&p->c), esp_cuda_of(be)->stream),
-                "zero");
+    for (int64_t r = 0; r < esp_tensor_rows(&p->c); r++) esp_cuda_zero(be, (char *)p->c.data + r * row, width);
   else if (p->beta != 1)
     esp_cuda_axpby(be, p->c, p->beta, p->c, 0.0f);
   if (p->bias.data) esp_cuda_add_bias(be, p->c, p->bias);

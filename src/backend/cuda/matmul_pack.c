@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "backend/cuda/cuda.h"
-#include "backend/cuda/need.h"
+#include "backend/cuda/need_matmul.h"
 
 enum { PART_BYTES = ESP_CUDA_RING_BYTES, TILE = 64 };
 

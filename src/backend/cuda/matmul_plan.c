@@ -9,7 +9,7 @@
 #include <string.h>
 
 #include "backend/cuda/matmul_impl.h"
-#include "backend/cuda/need.h"
+#include "backend/cuda/need_matmul.h"
 
 enum { FIRST_CAP = 256, MOST_ENTRIES = 8192 };
 
