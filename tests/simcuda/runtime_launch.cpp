@@ -54,6 +54,12 @@ void on_fault(int signal, siginfo_t *info, void *) {
   ::signal(signal, SIG_DFL);
   raise(signal);
 }
+#else
+/* Called by the sanitizer before its report. */
+extern "C" __attribute__((visibility("default"))) void __asan_on_error() {
+  std::string at = where();
+  if (!at.empty()) fprintf(stderr, "simcuda: %s\n", at.c_str());
+}
 #endif
 
 typedef std::vector<std::vector<char>> Snapshot;

@@ -16,10 +16,11 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 static const bool sanitized = true;
-extern "C" const char *__asan_default_options() {
+/* Found by name by the sanitizer, so not hidden. */
+extern "C" __attribute__((visibility("default"))) const char *__asan_default_options() {
   return "detect_leaks=0:exitcode=99";
 }
-extern "C" const char *__ubsan_default_options() {
+extern "C" __attribute__((visibility("default"))) const char *__ubsan_default_options() {
   return "exitcode=99";
 }
 #else

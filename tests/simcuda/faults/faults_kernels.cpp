@@ -165,7 +165,8 @@ const std::vector<Case> &kernel_cases() {
       {"uninitialised device memory", row_sum, UNINITIALISED_DEVICE, "wrong result", nullptr, nullptr, nullptr},
       {"race between blocks (orders compared)", count, CROSS_BLOCK_RACE, "kernel count", nullptr, nullptr, nullptr},
 #ifdef __SANITIZE_ADDRESS__
-      {"off-by-one in static shared memory", reversed_static, OFF_BY_ONE_SHARED, "", "overflow", nullptr, nullptr},
+      {"off-by-one in static shared memory", reversed_static, OFF_BY_ONE_SHARED, "", "index 64 out of bounds", nullptr,
+       nullptr},
 #else
       {"uninitialised static shared memory", reversed_static, UNINITIALISED_STATIC, "wrong result", nullptr, nullptr,
        nullptr},

@@ -4,6 +4,10 @@
 #ifndef SIMCUDA_CUDA_RUNTIME_H
 #define SIMCUDA_CUDA_RUNTIME_H
 
+#ifndef __cplusplus
+#include_next <cuda_runtime.h> /* host code in C: nothing is added to the toolkit's */
+#else
+
 #ifdef __CUDACC__
 #error "the simulated device is for the host's compiler; nvcc has the real thing"
 #endif
@@ -19,4 +23,5 @@
 #include "simcuda/memory.h"
 #include "simcuda/warp.h"
 
+#endif
 #endif

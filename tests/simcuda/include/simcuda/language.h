@@ -21,6 +21,11 @@
 #define __shared__ static __thread
 #endif
 
+/* The toolkit knows this one with its own compiler only. */
+#ifndef __launch_bounds__
+#define __launch_bounds__(...)
+#endif
+
 #define SIMCUDA_HIDDEN __attribute__((visibility("hidden")))
 
 /* Set by the scheduler whenever another thread of the grid goes on. */
