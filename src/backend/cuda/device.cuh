@@ -8,6 +8,9 @@
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "backend/cuda/cuda.h"
 
 /* Opens an NVTX range, launches on the backend's stream, checks the launch. Nothing is launched after a failure. A
@@ -69,11 +72,46 @@ template <class T, int N> __device__ __forceinline__ void load_vec(float (&out)[
 #pragma unroll
   for (int i = 0; i < N; i++) out[i] = to_float(x.v[i]);
 }
-template <class T, int N> __device__ __forceinline__ void store_vec(T *p, const float (&in)[N]) {
-  esp_vec<T, N> x;
+/* 8 and 16 bytes of anything. Stores to device memory go through them and an intrinsic, and pairs of bf16 are converted
+ * by one instruction: of two plain stores in a row the compiler made up to eight single ones. */
+#ifdef ESP_SIMCUDA
+struct __attribute__((may_alias, aligned(8))) esp_words2 {
+  unsigned x, y;
+};
+struct __attribute__((may_alias, aligned(16))) esp_words4 {
+  unsigned x, y, z, w;
+};
+#else
+typedef uint2 esp_words2;
+typedef uint4 esp_words4;
+#endif
+template <class W, class V> __device__ __forceinline__ void store_as(void *p, const V &value) {
+  W words[sizeof(V) / sizeof(W)];
+  memcpy(words, &value, sizeof value);
 #pragma unroll
-  for (int i = 0; i < N; i++) x.v[i] = from_float<T>(in[i]);
-  *reinterpret_cast<esp_vec<T, N> *>(p) = x;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(W); i++) __stwb(static_cast<W *>(p) + i, words[i]);
+}
+template <class V> __device__ __forceinline__ void store_whole(void *p, const V &value) {
+  if constexpr (sizeof(V) % 16 == 0)
+    store_as<esp_words4>(p, value);
+  else if constexpr (sizeof(V) == 8)
+    store_as<esp_words2>(p, value);
+  else
+    *static_cast<V *>(p) = value;
+}
+template <class T, int N> __device__ __forceinline__ void store_vec(T *p, const float (&in)[N]) {
+  if constexpr (sizeof(T) == sizeof(bf16) && N % 2 == 0) {
+    static_assert(std::is_same<T, bf16>::value, "fp16 is only read");
+    esp_vec<__nv_bfloat162, N / 2> x;
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) x.v[i] = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
+    store_whole(p, x);
+  } else {
+    esp_vec<T, N> x;
+#pragma unroll
+    for (int i = 0; i < N; i++) x.v[i] = from_float<T>(in[i]);
+    store_whole(p, x);
+  }
 }
 
 /* All lanes get the sum; the order is fixed, so the bits are. */

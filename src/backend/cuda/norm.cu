@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(BLOCK ? BLOCK_MOST : SMALL_BLOCK) norm_kernel(
 #pragma unroll
       for (int i = 0; i < N; i++) /* statistics of the rounded sum: what backward will read */
         held[k].v[i] = from_float<T>(to_float(held[k].v[i]) + to_float(other[k].v[i]));
-      *reinterpret_cast<esp_vec<T, N> *>(a.r_out.data + row * a.r_out.ld + c) = held[k];
+      store_whole(a.r_out.data + row * a.r_out.ld + c, held[k]);
     }
   }
 #pragma unroll
