@@ -29,7 +29,7 @@ if [ -n "${ESP_DEPS:-}" ]; then
   # RPATH and not RUNPATH: it also holds for what these libraries load themselves
   export LDFLAGS="${LDFLAGS:-} -Wl,--disable-new-dtags -Wl,-rpath,$deps/lib -Wl,-rpath-link,$deps/lib"
   export CMAKE_LIBRARY_PATH=$deps/lib CMAKE_INCLUDE_PATH=$deps/include
-  if ! command -v pkg-config >/dev/null && ! command -v pkgconf >/dev/null; then
+  if ! pkg-config --version >/dev/null 2>&1; then
     printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' "$deps/lib" "$deps/bin/pkgconf" >"$deps/bin/pkg-config"
     chmod +x "$deps/bin/pkg-config"
     export PATH=$deps/bin:$PATH

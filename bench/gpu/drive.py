@@ -21,7 +21,7 @@ SECTIONS = ["build", "tests", "sanitizer", "parity", "bench"]
 LIMITS = {"build": 240, "tests": 150, "sanitizer": 150, "parity": 120, "bench": 600}
 # Warnings that newer compilers give for sound code: they stay warnings here.
 FLOW_WARNINGS = ("array-bounds", "stringop-overflow", "stringop-overread", "maybe-uninitialized", "restrict",
-                 "format-truncation", "free-nonheap-object", "nonnull", "alloc-size-larger-than")
+                 "format-truncation", "free-nonheap-object", "nonnull")
 
 
 class Context:
@@ -94,9 +94,7 @@ def build(c):
     if not nvcc:
         return {"failed": "no nvcc on the PATH"}
     toolkit = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(nvcc))), "include")
-    cc = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True,
-                        text=True).stdout.split()
-    arch = c.a.arch or (cc[0].replace(".", "") if cc else "90") + "-real"
+    arch = c.a.arch or (smi("compute_cap") or "9.0").replace(".", "") + "-real"
     command = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", c.build, "-DCMAKE_BUILD_TYPE=Release", "-DESP_MPI=OFF",
                "-DESP_CUDA=ON", f"-DESP_CUDA_ARCHS={arch}",
                "-DCMAKE_C_FLAGS=" + " ".join("-Wno-error=" + w for w in FLOW_WARNINGS)]
@@ -266,27 +264,14 @@ def syntax(c):
     return {"configs": seen, "failed": "; ".join(bad) or None}
 
 
-def device_name(c):
-    if c.on_gpu:
-        try:
-            import torch
-
-            if torch.cuda.is_available():
-                return torch.cuda.get_device_name(0)
-        except ImportError:
-            pass
-        d = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-        return d.stdout.splitlines()[0] if d.returncode == 0 and d.stdout else c.device
-    return "cpu"
-
-
-def driver_version():
+def smi(field):
+    """A fact of the first device as nvidia-smi says it; None without one."""
     try:
-        d = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
+        d = subprocess.run(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True,
                            text=True)
-        return d.stdout.split()[0] if d.returncode == 0 and d.stdout else None
     except OSError:
         return None
+    return d.stdout.splitlines()[0].strip() if d.returncode == 0 and d.stdout else None
 
 
 def commit():
@@ -319,9 +304,9 @@ def main():
     a.sections = a.sections or SECTIONS
     os.makedirs(a.out, exist_ok=True)
     c = Context(a)
-    name = device_name(c)
+    name = (smi("name") or c.device) if c.on_gpu else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    head = {"device": name, "driver": driver_version(), "commit": commit(),
+    head = {"device": name, "driver": smi("driver_version"), "commit": commit(),
             "command": "bench/gpu.sh " + " ".join(sys.argv[1:]), "host": platform.machine(),
             "processors": os.cpu_count()}
     results = Results(os.path.join(a.out, slug + ".json"), head)

@@ -1,6 +1,7 @@
 """Processes with a limit of time, the device's memory beside them, and the file of results."""
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -65,8 +66,10 @@ class Done:
         if self.rc is None:
             return f"stopped after {self.seconds:.0f} s"
         text = self.err + "\n" + "".join(self.lines[-20:])
-        named = [s.strip() for s in text.splitlines() if "rror" in s] or [s.strip() for s in text.splitlines() if s.strip()]
-        return f"exit code {self.rc}: {named[-1][:300] if named else 'no message'}"
+        lines = [s.strip() for s in text.splitlines() if s.strip()]
+        cmake = [" ".join(lines[i:i + 2]) for i, s in enumerate(lines) if s.startswith("CMake Error")]
+        named = cmake or [s for s in lines if re.search(r"(^|\s)(fatal )?error:|Error:|OutOfMemory", s)]
+        return f"exit code {self.rc}: {(named or lines or ['no message'])[-1 if not named else 0][:300]}"
 
     def events(self):
         out = []
