@@ -57,6 +57,12 @@ __device__ __forceinline__ bool flash_sees_all(const flash_args<T> &p, int i0, i
          (p.window <= 0 || j0 > i0 + ni - 1 - p.window);
 }
 
+/* Is nothing seen? */
+template <class T>
+__device__ __forceinline__ bool flash_sees_none(const flash_args<T> &p, int i0, int ni, int j0, int nj, int len) {
+  return i0 >= len || j0 >= len || (p.causal && j0 > i0 + ni - 1) || (p.window > 0 && j0 + nj - 1 <= i0 - p.window);
+}
+
 struct flash_range {
   int begin, end;
 };

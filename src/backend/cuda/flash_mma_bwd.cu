@@ -8,21 +8,52 @@ using namespace flash_mma;
 
 namespace {
 
+enum { ROWS = ESP_FLASH_TILE, WARP_ROWS = 16 };
+
 /* Heads above 128: twice the warps, each with half of a row's dK and dV in its registers (and the same scores). */
 template <int DP> struct dkv_shape {
   enum { SPLIT = DP > 128 ? 2 : 1, THREADS = 128 * SPLIT, ND = DP / 8 / SPLIT };
 };
 
-/* p and dp of one pair become P and dS / scale; 0 where the key is hidden. lse in units of log 2. */
-__device__ __forceinline__ void pair_grads(const flash_args<bf16> &a, float &s, float &dp, float lse, float delta,
-                                           bool sees) {
-  float x = flash_logit(a, s), slope = 1.0f;
-  if (a.softcap > 0) { /* d capped / d s = 1 - (capped / cap)^2 */
-    float y = x * FLASH_LN2 / a.softcap;
-    slope = 1.0f - y * y;
-  }
-  s = sees ? exp2f(x - lse) : 0.0f;
-  dp = s * (dp - delta) * slope;
+/* s and dp = dO V^T of one tile become P and dS / scale; 0 where the key is hidden. The lane's first pair is query i
+ * and key j; queries are the rows of the tile, or its columns. lse and delta are read at the place of the query among
+ * the lane's: 0 and 1 for its two rows, 8 n and 8 n + 1 for its columns. */
+template <bool QUERIES_ARE_ROWS, int NB>
+__device__ __forceinline__ void tile_grads(const flash_args<bf16> &p, float (&s)[NB][4], float (&dp)[NB][4],
+                                           const float *lse, const float *delta, int i, int j, int len, bool all) {
+  const float unit = logit_unit(p);
+  if (p.softcap > 0)
+#pragma unroll
+    for (int n = 0; n < NB; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) { /* d capped / d s = 1 - (capped / cap)^2 */
+        float y = tanhf(s[n][e] * p.scale / p.softcap),
+              grad = dp[n][e] - delta[QUERIES_ARE_ROWS ? e / 2 : 8 * n + e % 2];
+        s[n][e] = p.softcap * y;
+        dp[n][e] = grad * (1.0f - y * y);
+      }
+  else
+#pragma unroll
+    for (int n = 0; n < NB; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) dp[n][e] -= delta[QUERIES_ARE_ROWS ? e / 2 : 8 * n + e % 2];
+#pragma unroll
+  for (int n = 0; n < NB; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      s[n][e] = fast_exp2(fmaf(s[n][e], unit, -FLASH_LOG2E * lse[QUERIES_ARE_ROWS ? e / 2 : 8 * n + e % 2]));
+  if (!all)
+#pragma unroll
+    for (int n = 0; n < NB; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        int row = e / 2 * 8, col = 8 * n + e % 2;
+        if (!flash_sees(p, i + (QUERIES_ARE_ROWS ? row : col), j + (QUERIES_ARE_ROWS ? col : row), len)) s[n][e] = 0;
+      }
+#pragma unroll
+  for (int n = 0; n < NB; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) dp[n][e] *= s[n][e];
 }
 
 template <int DP, int COLS, int STAGES>
@@ -57,7 +88,7 @@ __global__ void __launch_bounds__(dkv_shape<DP>::THREADS, dkv_shape<DP>::SPLIT =
   if (STAGES == 2) load(0, stages);
   copy_async_commit();
 
-  float dk[ND][4], dv[ND][4];
+  float dk[1][ND][4], dv[1][ND][4];
   clear(dk);
   clear(dv);
   for (int r = 0; r < rounds; r++) {
@@ -69,33 +100,26 @@ __global__ void __launch_bounds__(dkv_shape<DP>::THREADS, dkv_shape<DP>::SPLIT =
     copy_async_wait<STAGES - 1>();
     __syncthreads();
 
-    float s[NB][4], dp[NB][4];
-    score_tile<DP, NB>(s, k + own * LD, q, lane);
-    score_tile<DP, NB>(dp, v + own * LD, g, lane);
     const int i0 = queries.begin + r % per_head * COLS;
-    const bool all = flash_sees_all(p, i0, COLS, k0, WARP_ROWS, t.len);
-#pragma unroll
-    for (int n = 0; n < NB; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        int c = n * 8 + lane % 4 * 2 + e % 2;
-        bool sees = all || flash_sees(p, i0 + c, mine + e / 2 * 8, t.len);
-        pair_grads(p, s[n][e], dp[n][e], lse[c] * FLASH_LOG2E, delta[c], sees);
-      }
-    add_product<DP, NB, ND>(dv, s, g + c0, lane);
-    add_product<DP, NB, ND>(dk, dp, q + c0, lane);
+    if (!flash_sees_none(p, i0, COLS, k0, WARP_ROWS, t.len)) { /* the same for all lanes */
+      float s[1][NB][4], dp[1][NB][4];
+      score_tile<DP>(s, k + own * LD, q, lane);
+      score_tile<DP>(dp, v + own * LD, g, lane);
+      const bool all = flash_sees_all(p, i0, COLS, k0, WARP_ROWS, t.len);
+      const int c = lane % 4 * 2;
+      tile_grads<false>(p, s[0], dp[0], lse + c, delta + c, i0 + c, mine, t.len, all);
+      add_product<DP>(dv, s, g + c0, lane);
+      add_product<DP>(dk, dp, q + c0, lane);
+    }
     __syncthreads();
   }
   copy_async_wait<0>();
   __syncthreads();
-#pragma unroll
-  for (int d = 0; d < ND; d++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) dk[d][e] *= p.scale;
+  multiply(dk, p.scale);
   /* a warp's rows and columns of K and V are its own now */
   const int64_t row = static_cast<int64_t>(t.row0) + k0;
-  store_tile<DP, ND>(p, p.d_k, row, t.len - k0, kvh, c0, dk, k + own * LD + c0, lane);
-  store_tile<DP, ND>(p, p.d_v, row, t.len - k0, kvh, c0, dv, v + own * LD + c0, lane);
+  store_tile<DP>(p, p.d_k, row, t.len - k0, kvh, c0, dk, k + own * LD + c0, lane);
+  store_tile<DP>(p, p.d_v, row, t.len - k0, kvh, c0, dv, v + own * LD + c0, lane);
 }
 
 template <int DP, int COLS, int STAGES> __global__ void __launch_bounds__(128, 2) dq_kernel(flash_args<bf16> p) {
@@ -118,12 +142,12 @@ template <int DP, int COLS, int STAGES> __global__ void __launch_bounds__(128, 2
   if (STAGES == 2) load(keys.begin, stages);
   copy_async_commit();
 
-  float lse[2], delta[2], dq[ND][4];
+  float lse[2], delta[2], dq[1][ND][4];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     int64_t at = (row + lane / 4 + r * 8) * p.heads + h;
     bool valid = mine + r * 8 < t.len;
-    lse[r] = valid ? p.lse[at] * FLASH_LOG2E : 0.0f;
+    lse[r] = valid ? p.lse[at] : 0.0f;
     delta[r] = valid ? p.delta[at] : 0.0f;
   }
   clear(dq);
@@ -139,26 +163,19 @@ template <int DP, int COLS, int STAGES> __global__ void __launch_bounds__(128, 2
     copy_async_wait<STAGES - 1>();
     __syncthreads();
 
-    float s[NB][4], dp[NB][4];
-    score_tile<DP, NB>(s, q + own * LD, k, lane);
-    score_tile<DP, NB>(dp, g + own * LD, v, lane);
-    const bool all = flash_sees_all(p, i0, WARP_ROWS, j0, COLS, t.len);
-#pragma unroll
-    for (int n = 0; n < NB; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        bool sees = all || flash_sees(p, mine + e / 2 * 8, j0 + n * 8 + lane % 4 * 2 + e % 2, t.len);
-        pair_grads(p, s[n][e], dp[n][e], lse[e / 2], delta[e / 2], sees);
-      }
-    add_product<DP, NB, ND>(dq, dp, k, lane);
+    if (!flash_sees_none(p, i0, WARP_ROWS, j0, COLS, t.len)) { /* the same for all lanes */
+      float s[1][NB][4], dp[1][NB][4];
+      score_tile<DP>(s, q + own * LD, k, lane);
+      score_tile<DP>(dp, g + own * LD, v, lane);
+      const bool all = flash_sees_all(p, i0, WARP_ROWS, j0, COLS, t.len);
+      tile_grads<true>(p, s[0], dp[0], lse, delta, mine, j0 + lane % 4 * 2, t.len, all);
+      add_product<DP>(dq, dp, k, lane);
+    }
     __syncthreads();
   }
   copy_async_wait<0>();
-#pragma unroll
-  for (int d = 0; d < ND; d++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) dq[d][e] *= p.scale;
-  store_tile<DP, ND>(p, p.d_q, row, t.len - i0, h, 0, dq, q + own * LD, lane);
+  multiply(dq, p.scale);
+  store_tile<DP>(p, p.d_q, row, t.len - i0, h, 0, dq, q + own * LD, lane);
 }
 
 template <int DP, int COLS, int STAGES> void backward(esp_backend *be, const flash_args<bf16> &p, int n_tiles) {

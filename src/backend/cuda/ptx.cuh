@@ -20,6 +20,12 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 #ifndef ESP_SIMCUDA
 
+/* 2^x to 2 units in the last place, tiny results as 0, in one instruction. */
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 /* d [16, 8] += a [16, 16] b [16, 8]; d in fp32. Lane l holds of a the rows l/4 and l/4 + 8, of b the column l/4. */
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -69,6 +75,10 @@ template <int N> __device__ __forceinline__ void copy_async_wait() {
 
 #include <vector>
 
+inline float fast_exp2(float x) {
+  return exp2f(x);
+}
+
 /* What every lane of every warp gives to an instruction. Two sets in turn: a lane can be at the next instruction while
  * another still reads, but not two ahead. */
 template <class T> struct ptx_exchange {
@@ -76,7 +86,7 @@ template <class T> struct ptx_exchange {
   unsigned turn[32][32];
 };
 template <class T> inline const T *ptx_give(const T &mine) {
-  static thread_local ptx_exchange<T> x;
+  static ptx_exchange<T> x; /* one grid runs at a time */
   unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = x.turn[warp][lane]++ % 2;
   x.given[turn][warp][lane] = mine;
   __syncwarp();
@@ -115,8 +125,7 @@ inline void load_matrices(uint32_t (&r)[4], const void *row) {
   ptx_row mine = {row};
   const ptx_row *lanes = ptx_give(mine);
   int lane = threadIdx.x % 32;
-  for (int m = 0; m < 4; m++)
-    memcpy(&r[m], static_cast<const char *>(lanes[m * 8 + lane / 4].data) + lane % 4 * 4, 4);
+  for (int m = 0; m < 4; m++) memcpy(&r[m], static_cast<const char *>(lanes[m * 8 + lane / 4].data) + lane % 4 * 4, 4);
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
   ptx_row mine = {row};
@@ -142,7 +151,7 @@ struct ptx_copies { /* of one thread */
   unsigned group;
 };
 inline ptx_copies &ptx_mine() {
-  static thread_local std::vector<ptx_copies> all(1024);
+  static std::vector<ptx_copies> all(1024);
   return all[threadIdx.x];
 }
 inline void copy_async16(void *shared, const void *global, bool valid) {
