@@ -9,7 +9,9 @@
   X(libs_cublaslt_launch_refusals)                                                                                     \
   X(libs_cudnn_attention)                                                                                              \
   X(libs_cudnn_refusals)                                                                                               \
-  X(libs_cudnn_graph_refusals)
+  X(libs_cudnn_graph_refusals)                                                                                         \
+  X(libs_nccl_collectives)                                                                                             \
+  X(libs_nccl_dead_rank)
 
 #define DECLARE(name) void name(void **state);
 LIBS_TESTS(DECLARE)

@@ -1,7 +1,7 @@
 /* libs_test_cudnn.c: the cuDNN stand-in carries out the engine's own attention graphs and is compared with attention
  * written as loops in double; and what it must refuse. Seen to catch: the ragged offset of the keys ignored in
- * base_of(), the heads of a group taken modulo instead of divided in run_matmul(), the factor of full-head gradients left
- * out of offset_at(); and in the engine's graph, a padding mask left out. */
+ * base_of(), the heads of a group taken modulo instead of divided in run_matmul(), the factor of full-head gradients
+ * left out of offset_at(); and in the engine's graph, a padding mask left out. */
 #include "libs_test.h"
 
 #include <math.h>
