@@ -17,7 +17,8 @@ target_include_directories(simcuda_flags INTERFACE ${CMAKE_SOURCE_DIR})
 target_compile_definitions(simcuda_flags INTERFACE ESP_SIMCUDA _GNU_SOURCE)
 target_compile_options(simcuda_flags INTERFACE -Wall -Wextra -Werror -Wno-unused-parameter -Wno-unknown-pragmas
                                                -fvisibility=hidden -ffp-contract=off
-                                               -fno-strict-aliasing) # kernels read values as vectors of others
+                                               -fno-strict-aliasing # kernels read values as vectors of others
+                                               -Wno-maybe-uninitialized) # guesses, and wrong ones on them
 
 # .cu files as C++.
 function(esp_simcuda_sources)
