@@ -19,3 +19,4 @@ target_include_directories(espalier-cuda-sim SYSTEM PRIVATE ${ESP_CUDNN_INCLUDE}
 target_compile_definitions(espalier-cuda-sim PRIVATE ESP_SIMCUDA)
 set_target_properties(espalier-cuda-sim PROPERTIES CXX_STANDARD 17 CXX_STANDARD_REQUIRED ON LINKER_LANGUAGE CXX)
 target_link_libraries(espalier-cuda-sim PRIVATE simcuda_runtime simcuda_libs)
+target_compile_options(espalier-cuda-sim PRIVATE -Wno-unknown-pragmas -Wno-maybe-uninitialized -O1)

@@ -333,20 +333,21 @@ static bool cudnn_forward(esp_backend *be, const esp_attn_args *a) {
   esp_cuda_attn *at = esp_cuda_of(be)->attn;
   if (!cudnn_takes(at, a, false)) return false;
   esp_sdpa_shape s = shape_of(a, &at->whole);
-  s.stats = a->lse != NULL;
-  const esp_sdpa_plan *plan = esp_sdpa_plans_get(at->plans, &s, esp_cuda_need_attn(a));
+  int64_t workspace = esp_attn_fwd_workspace(a);
+  const esp_sdpa_plan *plan = esp_sdpa_plans_get(at->plans, &s, workspace);
   if (!plan) return false;
   float window = (float)s.window;
   esp_sdpa_binding b = {.n = 0};
   if (!bind_common(be, &s, &at->whole, &a->scale, &window, &b)) return false;
-  void *workspace = esp_cuda_scratch(be, esp_cuda_need_attn(a));
-  if (!workspace) return true; /* the failure is set */
+  char *scratch = esp_cuda_scratch(be, esp_cuda_need_attn(a));
+  if (!scratch) return true; /* the failure is set */
   esp_sdpa_bind(&b, ESP_SDPA_Q, a->q.data);
   esp_sdpa_bind(&b, ESP_SDPA_K, a->k.data);
   esp_sdpa_bind(&b, ESP_SDPA_V, a->v.data);
   esp_sdpa_bind(&b, ESP_SDPA_O, a->o.data);
-  if (a->lse) esp_sdpa_bind(&b, ESP_SDPA_STATS, a->lse);
-  run(be, "attention (cuDNN)", plan, &b, workspace);
+  /* One plan for training and evaluation, where nobody reads the statistics. */
+  esp_sdpa_bind(&b, ESP_SDPA_STATS, a->lse ? (char *)a->lse : scratch + workspace);
+  run(be, "attention (cuDNN)", plan, &b, scratch);
   return true;
 }
 
@@ -354,16 +355,14 @@ static bool cudnn_forward(esp_backend *be, const esp_attn_args *a) {
  * Statistics of some heads must begin at a multiple of 16 bytes. */
 static int64_t heads_at_a_time(const esp_attn_args *a, const group *g, int64_t workspace_bytes) {
   int64_t of_group = a->heads / a->kv_heads, room = workspace_bytes - ESP_ATTN_EXTRA_BYTES(g->b);
-  for (int64_t c = a->kv_heads; c > 0; c--) {
-    bool begins_well = c == a->kv_heads || c * of_group % 4 == 0;
-    if (a->kv_heads % c == 0 && begins_well && g->b * c * of_group * g->s * g->s * 2 <= room) return c;
-  }
+  for (int64_t c = a->kv_heads; c > 0; c--)
+    if (a->kv_heads % c == 0 && g->b * c * of_group * g->s * g->s * 2 <= room) return c;
   return 0;
 }
 
 typedef struct backward {
   const esp_attn_args *a;
-  esp_attn_bwd_scratch need;
+  esp_cuda_attn_scratch need;
   esp_tensor dk, dv; /* where cuDNN writes them */
   bool grouped;
   char *scratch;
@@ -417,12 +416,7 @@ static bool backward_part(esp_backend *be, const backward *w, const group *g, co
 }
 
 static void copy_out(esp_backend *be, const esp_tensor *to, const esp_tensor *from) {
-  size_t size = esp_dtype_size(to->dtype), width = (size_t)esp_tensor_cols(to) * size;
-  if (be->sticky != ESP_OK || to->data == from->data) return;
-  esp_cuda_ok(be,
-              cudaMemcpy2DAsync(to->data, (size_t)ld(to) * size, from->data, (size_t)ld(from) * size, width,
-                                (size_t)esp_tensor_rows(to), cudaMemcpyDeviceToDevice, esp_cuda_of(be)->stream),
-              "gradients of keys and values");
+  if (to->data != from->data) esp_cuda_axpby(be, *to, 1.0f, *from, 0.0f);
 }
 
 /* False, with nothing done: cuDNN does not take it. */
@@ -430,7 +424,7 @@ static bool cudnn_backward(esp_backend *be, const esp_attn_args *a) {
   esp_cuda_attn *at = esp_cuda_of(be)->attn;
   if (!cudnn_takes(at, a, true)) return false;
   bool atomic = at->mode == ATOMIC;
-  backward w = {.a = a, .need = esp_attn_bwd_scratch_of(a), .dk = a->d_k, .dv = a->d_v};
+  backward w = {.a = a, .need = esp_cuda_attn_scratch_of(a), .dk = a->d_k, .dv = a->d_v};
   w.grouped = a->heads != a->kv_heads;
   int64_t kv_width = (int64_t)a->kv_heads * a->head_dim, tokens = esp_tensor_rows(&a->q);
   /* cuDNN ties the stride of the gradients per query head to that of dK: narrow rows keep both small. */

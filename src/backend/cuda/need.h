@@ -7,15 +7,9 @@
 #include "backend/cuda/need_kernels.h"
 #include "backend/cuda/need_matmul.h"
 
-/* TEMP until matmul and attention land */
-#ifndef ESP_CUDA_TEMP
-#define ESP_CUDA_TEMP
-#define esp_cuda_pack_bytes(o, i, c) ((o) * (i) * (int64_t)esp_dtype_size(c))
-#define esp_cuda_need_linear(...) 0
-#define esp_cuda_need_linear_dx(...) 0
-#define esp_cuda_need_matmul(...) 0
-#define esp_cuda_need_attn(a) 0
-#define esp_cuda_need_attn_bwd(a) 0
-#define esp_cuda_need_fixed() 64
-#endif
+/* Held from the start: the workspace of products (that of the larger devices) and the result of dot. */
+static inline int64_t esp_cuda_need_fixed(void) {
+  return esp_cuda_matmul_workspace(90) + (int64_t)sizeof(double);
+}
+
 #endif

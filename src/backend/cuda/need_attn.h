@@ -53,17 +53,17 @@ static inline bool esp_attn_cudnn_shape(const esp_attn_args *a, bool backward) {
 /* Buffers of cuDNN's backward, at these offsets of the scratch memory. Gradients of keys and values come per query head
  * first where several share one, [T, heads*head_dim]; NVIDIA's frontend reserves 4 bytes for each of their bf16 values,
  * and so does this. */
-typedef struct esp_attn_bwd_scratch {
+typedef struct esp_cuda_attn_scratch {
   int64_t sum;              /* [T, heads] fp32 */
   int64_t dk_full, dv_full; /* grouped heads only */
   int64_t dk, dv;           /* grouped heads only: [T, kv_heads*head_dim] */
   int64_t workspace, workspace_bytes;
   int64_t bytes;
-} esp_attn_bwd_scratch;
-static inline esp_attn_bwd_scratch esp_attn_bwd_scratch_of(const esp_attn_args *a) {
+} esp_cuda_attn_scratch;
+static inline esp_cuda_attn_scratch esp_cuda_attn_scratch_of(const esp_attn_args *a) {
   int64_t t = esp_tensor_rows(&a->q), width = (int64_t)a->heads * a->head_dim;
   int64_t kv_width = (int64_t)a->kv_heads * a->head_dim, at = esp_attn_round(t * a->heads * 4);
-  esp_attn_bwd_scratch s = {0};
+  esp_cuda_attn_scratch s = {0};
   if (a->heads != a->kv_heads) {
     s.dk_full = at;
     s.dv_full = s.dk_full + esp_attn_round(t * width * 4);
@@ -71,20 +71,26 @@ static inline esp_attn_bwd_scratch esp_attn_bwd_scratch_of(const esp_attn_args *
     s.dv = s.dk + esp_attn_round(t * kv_width * 2);
     at = s.dv + esp_attn_round(t * kv_width * 2);
   }
-  /* Sequences are taken in groups of similar length (attention.c), of which none needs more than this for all heads. */
-  int64_t ds = 4 * (int64_t)a->heads * t * esp_attn_length_bucket(t);
+  /* Sequences are taken in groups of similar length (attention.c), whose sizes times bounds are at most 2*T. */
+  int64_t longest = esp_attn_length_bucket(t), sides = 2 * t > longest ? 2 * t : longest;
+  int64_t ds = 2 * (int64_t)a->heads * sides * longest;
   s.workspace = at;
   s.workspace_bytes = (ds < ESP_ATTN_DS_BYTES ? ds : ESP_ATTN_DS_BYTES) + ESP_ATTN_EXTRA_BYTES(t);
   s.bytes = s.workspace + s.workspace_bytes;
   return s;
 }
 
+/* cuDNN's forward: its workspace, then statistics that nobody asked for, [T, heads] fp32. */
+static inline int64_t esp_attn_fwd_workspace(const esp_attn_args *a) {
+  return esp_attn_round(ESP_ATTN_EXTRA_BYTES(esp_attn_count_bucket(esp_tensor_rows(&a->q))));
+}
 static inline int64_t esp_cuda_need_attn(const esp_attn_args *a) {
-  return esp_attn_cudnn_shape(a, false) ? ESP_ATTN_EXTRA_BYTES(esp_attn_count_bucket(esp_tensor_rows(&a->q))) : 0;
+  if (!esp_attn_cudnn_shape(a, false)) return 0;
+  return esp_attn_fwd_workspace(a) + (a->lse ? 0 : esp_tensor_rows(&a->q) * a->heads * 4);
 }
 static inline int64_t esp_cuda_need_attn_bwd(const esp_attn_args *a) {
   int64_t own = esp_cuda_need_flash_bwd(a);
-  int64_t cudnn = esp_attn_cudnn_shape(a, true) ? esp_attn_bwd_scratch_of(a).bytes : 0;
+  int64_t cudnn = esp_attn_cudnn_shape(a, true) ? esp_cuda_attn_scratch_of(a).bytes : 0;
   return own > cudnn ? own : cudnn;
 }
 
