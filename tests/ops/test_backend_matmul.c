@@ -101,7 +101,8 @@ static void add(sums *s, double x) {
   s->mag += fabs(x);
 }
 
-/* Devices add the tails to y in products of their own, so a bf16 y is rounded once per tail more. */
+/* Devices add the tails to y in products of their own, so a bf16 y is rounded once more for each; a bias has the type
+ * of y, or is added in a pass of its own: the bias or the sum before it is rounded. */
 static void check(const mat *c, int64_t r, int64_t i, sums s, const char *what) {
   double g = got(c, r, i);
   double tol = s.mag * 4e-6 + (c->t.dtype == ESP_BF16 ? fabs(s.v) * 0x1p-8 : 0);
@@ -184,7 +185,10 @@ static void run_linear(const linear_case *k) {
       sums s = {0};
       for (int64_t q = 0; q < kk; q++) add(&s, x.v[r * kk + q] * (k->dx ? wd[q * k->in + i] : wd[i * k->in + q]));
       if (k->beta != 0) add(&s, y.v[r * n + i]);
-      if (k->bias) add(&s, bias.v[i]);
+      if (k->bias) {
+        s.stored += fmax(fabs(s.v), fabs(bias.v[i]));
+        add(&s, bias.v[i]);
+      }
       for (int t = 0; t < k->n_tails; t++) {
         int64_t nc = k->dx ? n : tw[t].t.shape[0], c = i - tails[t].col0;
         if (c < 0 || c >= nc) continue;
