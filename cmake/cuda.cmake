@@ -6,7 +6,8 @@ set(ESP_CUDA_ARCHS "80-real;90-real;100-real;120" CACHE STRING "CUDA architectur
 # What the plug-in and its simulation are made of: kernels, and host code in C.
 file(GLOB ESP_CUDA_KERNELS CONFIGURE_DEPENDS src/backend/cuda/*.cu)
 file(GLOB ESP_CUDA_HOST CONFIGURE_DEPENDS src/backend/cuda/*.c)
-list(APPEND ESP_CUDA_HOST ${CMAKE_SOURCE_DIR}/dist/cuda/nccl.c ${CMAKE_SOURCE_DIR}/src/core/dtype.c)
+list(APPEND ESP_CUDA_HOST ${CMAKE_SOURCE_DIR}/dist/cuda/nccl.c ${CMAKE_SOURCE_DIR}/src/core/dtype.c
+     ${CMAKE_SOURCE_DIR}/src/core/cpu.c)
 
 # The headers alone are enough for the simulation.
 find_program(ESP_NVCC nvcc PATHS /usr/local/cuda/bin ENV CUDA_HOME PATH_SUFFIXES bin)
@@ -21,6 +22,7 @@ find_path(ESP_NCCL_INCLUDE nccl.h HINTS ${ESP_CUDA_INCLUDE} ${ESP_CUDA_HEADERS})
 
 function(esp_cuda_host_flags target)
   target_link_libraries(${target} PRIVATE esp_flags Threads::Threads dl m)
+  target_link_options(${target} PRIVATE -Wl,--no-undefined)
   target_include_directories(${target} SYSTEM PRIVATE ${ESP_CUDA_INCLUDE})
 endfunction()
 

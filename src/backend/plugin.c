@@ -24,7 +24,7 @@ static esp_status host_vfail(esp_status status, const char *fmt, va_list args) {
   vsnprintf(text, sizeof text, fmt, args);
   return esp_fail(status, "%s", text);
 }
-static const esp_plugin_host host = {ESP_PLUGIN_ABI, host_vfail, host_account};
+static const esp_plugin_host host = {ESP_PLUGIN_ABI, host_vfail, host_account, esp_mem_kind_name};
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static const esp_plugin *plugin;

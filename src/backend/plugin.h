@@ -20,6 +20,7 @@ typedef struct esp_plugin_host {
   int abi;
   esp_status (*vfail)(esp_status status, const char *fmt, va_list args);
   void (*account)(esp_mem_kind kind, int64_t delta_bytes, bool device);
+  const char *(*kind_name)(esp_mem_kind kind);
 } esp_plugin_host;
 
 typedef struct esp_device_info {

@@ -18,6 +18,9 @@ esp_status esp_fail(esp_status status, const char *fmt, ...) {
   va_end(args);
   return status;
 }
+const char *esp_mem_kind_name(esp_mem_kind kind) {
+  return host->kind_name(kind);
+}
 void esp_mem_account(esp_mem_kind kind, int64_t delta) {
   host->account(kind, delta, false);
 }

@@ -75,7 +75,8 @@ static void push(build *b, cudnnBackendDescriptor_t op, const char *what) {
   b->ops[b->g->n_ops++] = op;
 }
 
-/* uid 0: virtual, it exists only inside the graph. Pointers are multiples of 16 bytes: no engine takes less. */
+/* uid 0: virtual, it exists only inside the graph. Pointers are multiples of 16 bytes, but where the heads are taken in
+ * parts, the statistics of a part may begin at any number. */
 static tensor tensor_of(build *b, int64_t uid, int type, const int64_t dim[4], const int64_t stride[4], bool by_value,
                         cudnnBackendDescriptor_t ragged) {
   tensor t = {make(b, CUDNN_BACKEND_TENSOR_DESCRIPTOR), {0}, {0}};
@@ -83,6 +84,8 @@ static tensor tensor_of(build *b, int64_t uid, int type, const int64_t dim[4], c
   memcpy(t.stride, stride, sizeof t.stride);
   cudnnDataType_t data_type = (cudnnDataType_t)type;
   int64_t id = uid ? uid : b->next_uid++, alignment = 16;
+  bool per_head = uid == ESP_SDPA_STATS || uid == ESP_SDPA_SUM;
+  if (per_head && b->s->heads != b->s->ld_stats && b->s->heads % 4 != 0) alignment = 4;
   bool yes = true;
   set(b, t.d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &data_type);
   set(b, t.d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, dim);
@@ -279,8 +282,7 @@ static void forward(build *b) {
   binary(b, CUDNN_POINTWISE_SUB, F32, masked, max, below_max);
   unary(b, CUDNN_POINTWISE_EXP, below_max, e);
   reduce(b, CUDNN_REDUCE_TENSOR_ADD, e, sum);
-  /* Without statistics the pattern still has them, inside the graph. */
-  tensor log_sum = per_query(b), stats = s->stats ? statistics(b, ESP_SDPA_STATS) : per_query(b);
+  tensor log_sum = per_query(b), stats = statistics(b, ESP_SDPA_STATS);
   unary(b, CUDNN_POINTWISE_LOG, sum, log_sum);
   binary(b, CUDNN_POINTWISE_ADD, F32, max, log_sum, stats);
   binary(b, CUDNN_POINTWISE_DIV, F32, e, sum, p);
@@ -352,9 +354,8 @@ static void backward(build *b) {
 /* ---- */
 
 int esp_sdpa_strides(const esp_sdpa_shape *s, int64_t out[ESP_SDPA_MAX_STRIDES]) {
-  const int64_t all[ESP_SDPA_MAX_STRIDES] = {
-      s->ld_q,  s->ld_k,  s->ld_v,  s->ld_o, s->backward || s->stats ? s->ld_stats : 0,
-      s->ld_do, s->ld_dq, s->ld_dk, s->ld_dv};
+  const int64_t all[ESP_SDPA_MAX_STRIDES] = {s->ld_q,  s->ld_k,  s->ld_v,  s->ld_o, s->ld_stats,
+                                             s->ld_do, s->ld_dq, s->ld_dk, s->ld_dv};
   int n = 0;
   for (int i = 0; i < ESP_SDPA_MAX_STRIDES; i++) {
     bool seen = all[i] == 0;
@@ -411,7 +412,6 @@ static esp_sdpa_shape shape_of(layer l, int64_t b, int64_t s, bool fused) {
 static esp_sdpa_shape backward_of(esp_sdpa_shape x, int64_t kv_heads) {
   int64_t group = x.heads / x.kv_heads;
   x.backward = 1;
-  x.stats = 0;
   x.ld_do = x.ld_o;
   x.ld_dq = x.ld_q;
   x.ld_dk = group > 1 ? x.kv_heads * x.head_dim : x.ld_k;
@@ -421,43 +421,42 @@ static esp_sdpa_shape backward_of(esp_sdpa_shape x, int64_t kv_heads) {
   return x;
 }
 
+typedef struct list {
+  esp_sdpa_shape *out;
+  int max, n;
+} list;
+static void add(list *l, esp_sdpa_shape s) {
+  if (l->n < l->max) l->out[l->n] = s;
+  l->n++;
+}
+
 int esp_sdpa_enumerate(esp_sdpa_shape *out, int max) {
-  static const layer layers[] = {{32, 8, 128}, {9, 3, 64},   {32, 8, 64}, {12, 12, 64}, {32, 32, 80},
-                                 {32, 32, 96}, {16, 8, 128}, {8, 4, 256}, {8, 1, 256}};
-  enum { LAYERS = sizeof layers / sizeof *layers };
-  int n = 0;
-  for (int i = 0; i < LAYERS; i++) {
-    /* the masks and layouts that do not touch the head size are varied on a few layers only */
-    bool varied = i < 2 || layers[i].head_dim == 256;
-    for (int band = 0; band < 3; band++) { /* causal, causal with a window, neither */
-      for (int fused = 0; fused < 2; fused++) {
-        if (!varied && (band > 0 || !fused)) continue;
-        esp_sdpa_shape x = shape_of(layers[i], 4, 1024, fused);
-        x.causal = band < 2;
-        x.window = band == 1 ? 512 : 0;
-        esp_sdpa_shape train = x;
-        train.stats = 1;
-        esp_sdpa_shape part = backward_of(x, (layers[i].kv_heads + 1) / 2);
-        const esp_sdpa_shape kinds[] = {x, train, backward_of(x, layers[i].kv_heads), part};
-        for (int k = 0; k < (band == 0 && fused && i == 0 ? 4 : band == 0 ? 3 : 0); k++, n++)
-          if (n < max) out[n] = kinds[k];
-        for (int k = 1; k < (band > 0 ? 3 : 0); k++, n++)
-          if (n < max) out[n] = kinds[k];
+  static const layer layers[] = {{32, 8, 128}, {9, 3, 64},   {8, 4, 256},  {8, 1, 256}, {16, 8, 128},
+                                 {32, 8, 64},  {12, 12, 64}, {32, 32, 80}, {32, 32, 96}};
+  enum { LAYERS = sizeof layers / sizeof *layers, ALL_MASKS = 3 };
+  static const struct { int64_t causal, window; } masks[] = {{1, 0}, {1, 512}, {0, 0}, {0, 512}};
+  list l = {out, max, 0};
+  for (int i = 0; i < LAYERS; i++)
+    for (int m = 0; m < (i < ALL_MASKS ? 4 : 1); m++)
+      for (int fused = m == 0 && i < ALL_MASKS ? 0 : 1; fused < 2; fused++) {
+        esp_sdpa_shape s = shape_of(layers[i], 4, 1024, fused);
+        s.causal = masks[m].causal;
+        s.window = masks[m].window;
+        add(&l, s);
+        add(&l, backward_of(s, layers[i].kv_heads));
       }
-    }
-  }
-  /* bounds of b and s */
-  static const int64_t buckets[][2] = {{1, 64}, {1, 8192}, {2, 4096}, {7, 2048}, {33, 256}, {128, 64}};
+  /* some heads at a time, bounds of counts and lengths, sums by atomics */
+  add(&l, backward_of(shape_of(layers[0], 4, 1024, true), 2));
+  add(&l, backward_of(shape_of(layers[1], 4, 1024, true), 1));
+  add(&l, backward_of(shape_of(layers[6], 4, 1024, true), 3));
+  static const int64_t buckets[][2] = {{1, 128}, {1, 8192}, {2, 4096}, {7, 2048}, {33, 256}, {128, 128}};
   for (size_t i = 0; i < sizeof buckets / sizeof *buckets; i++) {
-    esp_sdpa_shape x = shape_of(layers[0], buckets[i][0], buckets[i][1], true);
-    x.stats = 1;
-    if (n < max) out[n] = x;
-    n++;
-    if (n < max) out[n] = backward_of(x, 1);
-    n++;
+    esp_sdpa_shape s = shape_of(layers[0], buckets[i][0], buckets[i][1], true);
+    add(&l, s);
+    add(&l, backward_of(s, 1));
   }
   esp_sdpa_shape atomic = backward_of(shape_of(layers[0], 4, 1024, true), layers[0].kv_heads);
   atomic.atomic = 1;
-  if (n < max) out[n] = atomic;
-  return n + 1;
+  add(&l, atomic);
+  return l.n;
 }

@@ -48,8 +48,8 @@ typedef struct esp_sdpa_shape {
   int64_t ld_stats;                   /* heads of the layer: the statistics are [tokens, ld_stats] */
   int64_t ld_do, ld_dq, ld_dk, ld_dv; /* backward; 0 in forward */
   int64_t window;                     /* 0: none */
-  int64_t causal, stats;              /* stats: forward writes them */
-  int64_t backward, atomic; /* atomic: dQ summed by atomic additions, in no fixed order; needs ESP_SDPA_DQ_SUM */
+  int64_t causal, backward;
+  int64_t atomic; /* dQ is summed by atomic additions, in no fixed order, in ESP_SDPA_DQ_SUM */
 } esp_sdpa_shape;
 
 /* Names of the tensors that an execution binds. Ragged offsets: ESP_SDPA_RAGGED + i is an array [b+1] of int64, first
