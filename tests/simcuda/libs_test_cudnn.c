@@ -301,13 +301,11 @@ static void check(const problem *p) {
                       .ld_o = p->heads * p->d,
                       .ld_stats = p->heads,
                       .window = p->window,
-                      .causal = p->causal,
-                      .stats = 1};
+                      .causal = p->causal};
   run(handle, p, &s, &g);
   close_to(p, "o", g.o, o, (int64_t)q, CUDA_R_16BF, 6e-3);
   close_to(p, "stats", g.stats, stats, (int64_t)rows, CUDA_R_32F, 1e-5);
   s.backward = 1;
-  s.stats = 0;
   s.atomic = p->atomic;
   s.ld_do = s.ld_dq = s.ld_o;
   s.ld_dk = s.ld_dv = p->kv_heads * p->d;
@@ -476,8 +474,7 @@ void libs_cudnn_graph_refusals(void **state) {
                         .ld_v = 40,
                         .ld_o = 40,
                         .ld_stats = 2,
-                        .causal = 1,
-                        .stats = 1};
+                        .causal = 1};
   esp_sdpa_graph g;
   desc none;
   assert_int_equal(esp_sdpa_build(&dnn, &odd, handle, &g), ESP_OK);
