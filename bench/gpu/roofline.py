@@ -15,7 +15,28 @@ import training
 CLASSES = [("base_matmul", "base products"), ("head_matmul", "head products"), ("thin_matmul", "adapters' products"),
            ("attention_fwd", "attention forward"), ("attention_bwd", "attention backward"),
            ("elementwise", "norms, rotations, activations"), ("loss", "loss"), ("optimizer", "optimizer")]
+KINDS = ["weights", "params", "optim", "activations", "workspace"]
 GOAL = 0.6
+
+
+def planned(build, folder, shape):
+    """What `espalier plan` says of the same step."""
+    recipe = os.path.join(folder, "recipe.yaml")
+    shapes.write_tokenizer(shape["config"], folder)
+    shapes.write_rows(shape["config"], folder, shape["batch"], shape["seq"])
+    with open(recipe, "w") as f:
+        f.write(f"""name: roofline
+model: {{base_model: {folder}, dtype: bf16, random_init: true}}
+adapter: {{type: lora, r: 16, alpha: 32, target: all-linear}}
+data: {{sequence_len: {shape["seq"]}, packing: "off", add_bos: false}}
+train: {{max_steps: 1, micro_batch_size: {shape["batch"]}}}
+parallel: {{device: cuda}}
+tasks: [{{name: t, data: [{{path: {folder}/rows.jsonl, format: text}}]}}]
+""")
+    p = subprocess.run([os.path.join(build, "bin/espalier"), "plan", recipe, "--json"], capture_output=True, text=True)
+    if p.returncode:
+        sys.exit(p.stderr)
+    return json.loads(p.stdout)
 
 
 def main():
@@ -24,13 +45,14 @@ def main():
     ap.add_argument("--tflops", type=float, default=989)
     ap.add_argument("--tbps", type=float, default=4.8)
     a = ap.parse_args()
-    counted = {}
+    counted, plans = {}, {}
     for name in training.ORDER:
         shape = shapes.SHAPES[name]
         with tempfile.TemporaryDirectory() as folder:
             shapes.write_config(shape["config"], folder)
             p = subprocess.run([os.path.join(a.build, "bin/bench_roofline"), folder, str(shape["seq"]),
                                 str(shape["batch"]), "16", str(a.tflops), str(a.tbps)], capture_output=True, text=True)
+            plans[name] = planned(a.build, folder, shape)
         if p.returncode:
             sys.exit(f"{name}: {p.stderr}")
         counted[name] = json.loads(p.stdout)
@@ -84,6 +106,16 @@ products of the base and the head would need (of the data sheet's) for the goal 
         products = k["base_matmul"]["floor_s"] + k["head_matmul"]["floor_s"]
         print(f"| {name} | {1e3 * by_memory:.2f} | {100 * by_memory / floor:.0f}% | {sum(v['calls'] for v in k.values())} | "
               f"{100 * products / (time - floor + products):.0f}% |")
+    print("""
+## Memory
+
+What `espalier plan` says of the device, GiB; the context and the libraries come on top of it.
+
+| shape | planned | """ + " | ".join(KINDS) + " | context and libraries |")
+    print("|---" * (len(KINDS) + 3) + "|")
+    for name, p in plans.items():
+        cells = [p["device_peak_bytes"], *[p["memory"][k] for k in KINDS], p["device_overhead_bytes"]]
+        print(f"| {name} | " + " | ".join(f"{x / 2**30:.2f}" for x in cells) + " |")
 
 
 if __name__ == "__main__":
