@@ -4,6 +4,7 @@
  * in flight fit there, which is why a large row has one block per multiprocessor and no more. */
 #include "backend/cuda/device.cuh"
 #include "backend/cuda/need_flash.h"
+#include "backend/cuda/ptx.cuh"
 
 namespace {
 
@@ -12,7 +13,8 @@ enum { PER = 16 }; /* elements of a chunk that a thread holds: four 16-byte read
 struct ce_args {
   const float *logits;
   void *d;
-  int64_t logits_ld, d_ld, width;
+  int64_t logits_ld, d_ld;
+  int width; /* of a row; rows may lie further apart than an int counts */
   const int32_t *targets;
   const float *weights;
   float scale, softcap;
@@ -22,14 +24,15 @@ struct ce_args {
 
 /* Where the e-th element that a thread holds of the chunk at `base` lies. Groups of four stay together when the row is
  * read 16 bytes at a time; a warp always reads and writes one run. */
-template <int THREADS, bool VEC> __device__ __forceinline__ int64_t ce_index(int64_t base, int e) {
-  return VEC ? base + (e / 4 * THREADS + threadIdx.x) * 4 + e % 4 : base + e * THREADS + threadIdx.x;
+template <int THREADS, bool VEC> __device__ __forceinline__ int ce_index(int base, int e) {
+  return VEC ? base + (e / 4 * THREADS + static_cast<int>(threadIdx.x)) * 4 + e % 4
+             : base + e * THREADS + static_cast<int>(threadIdx.x);
 }
 template <int THREADS, bool VEC>
-__device__ __forceinline__ void ce_load(float (&x)[PER], const float *row, int64_t base, int64_t width) {
+__device__ __forceinline__ void ce_load(float (&x)[PER], const float *row, int base, int width) {
 #pragma unroll
   for (int e = 0; e < PER; e += 4) {
-    int64_t j = ce_index<THREADS, VEC>(base, e);
+    int j = ce_index<THREADS, VEC>(base, e);
     if (VEC && j + 4 <= width) {
       float4 v = *reinterpret_cast<const float4 *>(row + j);
       x[e] = v.x;
@@ -39,7 +42,7 @@ __device__ __forceinline__ void ce_load(float (&x)[PER], const float *row, int64
     } else {
 #pragma unroll
       for (int i = e; i < e + 4; i++) {
-        int64_t at = ce_index<THREADS, VEC>(base, i);
+        int at = ce_index<THREADS, VEC>(base, i);
         x[i] = at < width ? row[at] : -INFINITY;
       }
     }
@@ -47,6 +50,19 @@ __device__ __forceinline__ void ce_load(float (&x)[PER], const float *row, int64
 }
 __device__ __forceinline__ float ce_capped(float x, float cap) {
   return cap > 0 ? cap * tanhf(x / cap) : x;
+}
+
+/* What lies past the end of the row stays -inf: such an element is never a maximum and adds nothing to a sum. A logit
+ * of -inf that is there becomes -cap. */
+template <int THREADS, bool VEC>
+__device__ __forceinline__ void ce_cap(float (&x)[PER], float cap, int base, int width) {
+#pragma unroll
+  for (int e = 0; e < PER; e++)
+    if (ce_index<THREADS, VEC>(base, e) < width) x[e] = ce_capped(x[e], cap);
+}
+/* e^x for x <= 0, to 2e-6 of itself where it is above 1e-12 */
+__device__ __forceinline__ float ce_exp(float x) {
+  return fast_exp2(x * 1.4426950408889634f);
 }
 
 /* What a block knows of its row between the two readings. */
@@ -67,24 +83,21 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) ce_kernel(ce_args a) 
 
   float best = -INFINITY, sum = 0; /* of this thread, at most 300 elements of a row of 300k */
   int above = 0;                   /* is there a larger logit, or an equal one before the target? */
-  for (int64_t base = 0; base < a.width; base += CHUNK) {
+  for (int base = 0; base < a.width; base += CHUNK) {
     float x[PER];
     ce_load<THREADS, VEC>(x, row, base, a.width);
     float top = best;
 #pragma unroll
-    for (int e = 0; e < PER; e++) {
-      int64_t j = ce_index<THREADS, VEC>(base, e);
-      if (j >= a.width) continue;
-      above |= x[e] > raw_target || (x[e] == raw_target && j < target);
-      x[e] = ce_capped(x[e], cap);
-      top = fmaxf(top, x[e]);
-    }
+    for (int e = 0; e < PER; e++)
+      above |= x[e] > raw_target || (x[e] == raw_target && ce_index<THREADS, VEC>(base, e) < target);
+    if (cap > 0) ce_cap<THREADS, VEC>(x, cap, base, a.width);
+#pragma unroll
+    for (int e = 0; e < PER; e++) top = fmaxf(top, x[e]);
     if (top == -INFINITY) continue; /* nothing of this chunk, or only impossible tokens so far */
-    sum *= expf(best - top);
+    sum *= ce_exp(best - top);
     best = top;
 #pragma unroll
-    for (int e = 0; e < PER; e++)
-      if (ce_index<THREADS, VEC>(base, e) < a.width) sum += expf(x[e] - top);
+    for (int e = 0; e < PER; e++) sum += ce_exp(x[e] - top);
   }
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -126,25 +139,33 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) ce_kernel(ce_args a) 
   const float l = known.lse, d_target = known.d_target;
   float x[PER], next[PER];
   ce_load<THREADS, VEC>(x, row, 0, a.width);
-  for (int64_t base = 0; base < a.width; base += CHUNK) {
+  for (int base = 0; base < a.width; base += CHUNK) {
     if (base + CHUNK < a.width) ce_load<THREADS, VEC>(next, row, base + CHUNK, a.width);
     __syncthreads();
+    if (cap > 0) {
+      ce_cap<THREADS, VEC>(x, cap, base, a.width);
 #pragma unroll
-    for (int e = 0; e < PER; e++) {
-      float z = ce_capped(x[e], cap), g = w * expf(z - l);
-      if (cap > 0) g *= 1.0f - (z / cap) * (z / cap);
-      x[e] = ce_index<THREADS, VEC>(base, e) == target ? d_target : g;
+      for (int e = 0; e < PER; e++) {
+        float y = x[e] / cap;
+        x[e] = w * ce_exp(x[e] - l) * (1.0f - y * y);
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < PER; e++) x[e] = w * ce_exp(x[e] - l);
     }
 #pragma unroll
+    for (int e = 0; e < PER; e++)
+      if (ce_index<THREADS, VEC>(base, e) == target) x[e] = d_target;
+#pragma unroll
     for (int e = 0; e < PER; e += 4) {
-      int64_t j = ce_index<THREADS, VEC>(base, e);
+      int j = ce_index<THREADS, VEC>(base, e);
       if (VEC && j + 4 <= a.width) {
         float four[4] = {x[e], x[e + 1], x[e + 2], x[e + 3]};
         store_vec<D, 4>(d + j, four);
       } else {
 #pragma unroll
         for (int i = e; i < e + 4; i++) {
-          int64_t at = ce_index<THREADS, VEC>(base, i);
+          int at = ce_index<THREADS, VEC>(base, i);
           if (at < a.width) d[at] = from_float<D>(x[i]);
         }
       }
@@ -190,7 +211,7 @@ void esp_cuda_cross_entropy(esp_backend *be, const esp_ce_args *a) {
   ce_args p = {};
   p.logits = static_cast<const float *>(a->logits.data);
   p.logits_ld = a->logits.ld;
-  p.width = esp_tensor_cols(&a->logits);
+  p.width = static_cast<int>(esp_tensor_cols(&a->logits));
   p.d = a->d.data;
   p.d_ld = a->d.ld;
   p.targets = a->targets;
