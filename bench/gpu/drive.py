@@ -32,7 +32,9 @@ class Context:
         self.dry = a.dry
         self.device = "cpu" if a.dry else a.device
         self.on_gpu = self.device != "cpu"
-        self.peer_device = a.peer_device or self.device
+        # ESPALIER_CUDA_PLUGIN may name the simulated plug-in: small sizes then, and torch on the processor
+        self.simulated = self.on_gpu and "cuda-sim" in os.environ.get("ESPALIER_CUDA_PLUGIN", "")
+        self.peer_device = "cpu" if self.simulated else self.device
         self.clock = Clock(a.deadline)
         self.build = os.path.abspath(a.build)
         self.espalier = os.path.join(self.build, "bin/espalier")
@@ -187,9 +189,10 @@ def distance(a, b):
 def parity(c):
     """20 steps of a small Llama: the device against the processor's backend and against PEFT on the same device from
     the same start; twice; and stopped in the middle and resumed."""
-    shape = shapes.SHAPES["tiny" if c.dry else "small"]
+    name = "tiny" if c.dry or c.simulated else "small"
+    shape = shapes.SHAPES[name]
     steps, folder = 20, os.path.join(c.work, "parity")
-    shapes.make("tiny" if c.dry else "small", folder, 4 * shape["batch"], shape["seq"])
+    shapes.make(name, folder, 4 * shape["batch"], shape["seq"])
     out = {"steps": steps, "device": c.device, "failed": None}
 
     def run(name, *extra, dtype="bf16", resume=False, expect=0):
@@ -293,7 +296,6 @@ def main():
     ap.add_argument("--build", default=os.path.join(ROOT, "build/gpu"))
     ap.add_argument("--shapes", default="")
     ap.add_argument("--device", default="cuda")
-    ap.add_argument("--peer-device", default="", help="torch's device (default: the same); cpu for a simulated cuda")
     ap.add_argument("--arch", default="", help="CUDA architecture (default: the device's)")
     ap.add_argument("--steps", type=int, default=8)
     ap.add_argument("--dry", action="store_true")
@@ -310,7 +312,7 @@ def main():
     a.sections = a.sections or SECTIONS
     os.makedirs(a.out, exist_ok=True)
     c = Context(a)
-    name = (smi("name") or c.device) if c.on_gpu else "cpu"
+    name = "simulated cuda" if c.simulated else (smi("name") or c.device) if c.on_gpu else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     head = {"device": name, "driver": smi("driver_version"), "commit": commit(),
             "command": "bench/gpu.sh " + " ".join(sys.argv[1:]), "host": platform.machine(),

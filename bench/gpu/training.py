@@ -19,7 +19,7 @@ def median(values):
 def peaks(c):
     """Products and memory-bound operations over espalier's op table, and the same ones in torch."""
     out = {}
-    small = ["--small"] if c.dry else []
+    small = ["--small"] if c.dry or c.simulated else []
     for program, limit in (("bench_cuda_gemm", 60), ("bench_cuda_ops", 60)):
         path = os.path.join(c.build, "bin", program)
         if not os.path.exists(path):
@@ -142,7 +142,7 @@ def finish_row(row, entry, peak):
 
 
 def bench(c, results):
-    names = [s for s in c.a.shapes.split(",") if s] or (["tiny"] if c.dry else ORDER)
+    names = [s for s in c.a.shapes.split(",") if s] or (["tiny"] if c.dry or c.simulated else ORDER)
     out = {"warm_steps": WARM, "steps": c.a.steps, "shapes": {}, "peaks": peaks(c)}
     c.say(json.dumps({k: v for k, v in out["peaks"].items() if not isinstance(v, list)}))
     results.put("bench", out)
