@@ -24,3 +24,28 @@ if(TARGET simcuda_runtime) # the simulated runtime that they queue their work on
   add_test(NAME simcuda_libs_test COMMAND simcuda_libs_test)
   set_tests_properties(simcuda_libs_test PROPERTIES LABELS simcuda TIMEOUT 300)
 endif()
+
+# The real cuDNN, with a driver of our own that only loads kernels: every attention graph is accepted and compiled for
+# the described devices. Each plan takes it half a second; Ampere, the older one, is sampled.
+find_library(ESP_CUDNN NAMES libcudnn.so.9 PATHS /usr/local/cuda/lib64 /usr/local/cuda/lib)
+if(ESP_CUDNN)
+  get_filename_component(cudnn_directory ${ESP_CUDNN} DIRECTORY)
+  add_library(fake_driver SHARED tests/cudnn/fake_driver.c)
+  target_include_directories(fake_driver SYSTEM PRIVATE ${ESP_CUDA_INCLUDE})
+  target_compile_options(fake_driver PRIVATE -Wall -Wextra -Werror -Wno-unused-parameter)
+  set_target_properties(fake_driver PROPERTIES OUTPUT_NAME cuda SUFFIX .so.1 NO_SONAME TRUE
+                                               LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/fake_driver)
+  add_executable(cudnn_plans tests/cudnn/cudnn_plans.c src/backend/cuda/sdpa_graph.c src/backend/cuda/sdpa_plan.c
+                             src/core/error.c)
+  target_link_libraries(cudnn_plans PRIVATE esp_flags Threads::Threads dl)
+  target_include_directories(cudnn_plans SYSTEM PRIVATE ${ESP_CUDA_INCLUDE} ${ESP_CUDNN_INCLUDE})
+  add_dependencies(cudnn_plans fake_driver)
+  foreach(case IN ITEMS "h200;1" "a100;4")
+    list(GET case 0 device)
+    list(GET case 1 every)
+    add_test(NAME cudnn_plans_${device} COMMAND cudnn_plans ${CMAKE_BINARY_DIR}/fake_driver
+             ${CMAKE_SOURCE_DIR}/tests/cudnn/${device}.json ${every})
+    set_tests_properties(cudnn_plans_${device} PROPERTIES LABELS cudnn TIMEOUT 600 SKIP_RETURN_CODE 77 ENVIRONMENT
+                         "LD_LIBRARY_PATH=${cudnn_directory}")
+  endforeach()
+endif()
