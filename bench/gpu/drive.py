@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -319,6 +320,7 @@ def main():
             "processors": os.cpu_count()}
     results = Results(os.path.join(a.out, slug + ".json"), head)
     failed = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is there is written all the same
     try:
         for s in a.sections:
             if c.clock.left() < 10:
@@ -337,6 +339,7 @@ def main():
                 failed.append(s)
             table.write(results.data, os.path.join(a.out, slug + ".md"))
     finally:
+        c.run.stop_all()
         table.write(results.data, os.path.join(a.out, slug + ".md"))
         if c.memory:
             c.memory.close()

@@ -82,10 +82,24 @@ class Done:
         return out
 
 
+def stop(p):
+    """A process that this one started, with its own children: it was made the leader of a group."""
+    for sig in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(p.pid, sig)
+            p.wait(timeout=5)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
 class Runner:
     def __init__(self, clock, memory, log_path):
         self.clock, self.memory = clock, memory
         self.log = open(log_path, "w")
+        self.live = set()
 
     def say(self, text):
         print(text, flush=True)
@@ -95,7 +109,12 @@ class Runner:
     def start(self, command, env=None):
         err = tempfile.TemporaryFile(mode="w+")
         p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True, env=env, start_new_session=True)
+        self.live.add(p)
         return p, err, time.monotonic()
+
+    def stop_all(self):
+        for p in self.live:
+            stop(p)
 
     def finish(self, started, limit, first=None):
         """Reads until the end or the limit. first: a predicate on lines of stdout."""
@@ -117,15 +136,8 @@ class Runner:
                 break
             time.sleep(0.02)
         else:
-            for sig in (signal.SIGTERM, signal.SIGKILL):  # its own group: it was started as the leader of one
-                try:
-                    os.killpg(p.pid, sig)
-                    p.wait(timeout=5)
-                    break
-                except ProcessLookupError:
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
+            stop(p)
+        self.live.discard(p)
         reader.join(timeout=5)
         d.seconds = time.monotonic() - begin
         err.seek(0)
