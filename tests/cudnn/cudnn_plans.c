@@ -6,9 +6,9 @@
  * The program starts itself again with the fake driver in front of LD_LIBRARY_PATH. Exit 77, with the reason, where the
  * machine has a driver (then the suites with label gpu say more than this) or no cuDNN. `every`: only each n-th graph.
  *
- * Seen to catch: the deterministic workspace counted with 1 byte per number of dS, a softmax without its exponential, the
- * maximum taken before the masks. cuDNN recognises a pattern and does not look at everything in it: it takes a mask over
- * the wrong axis, or keys without their ragged offset. Those show in values, on the simulated device. */
+ * Seen to catch: the deterministic workspace counted with 1 byte per number of dS, a softmax without its exponential,
+ * the maximum taken before the masks. cuDNN recognises a pattern and does not look at everything in it: it takes a mask
+ * over the wrong axis, or keys without their ragged offset. Those show in values, on the simulated device. */
 #include <dlfcn.h>
 #include <inttypes.h>
 #include <stdio.h>
