@@ -64,6 +64,34 @@ extern "C" __attribute__((visibility("default"))) void __asan_on_error() {
 
 typedef std::vector<std::vector<char>> Snapshot;
 
+/* The allocations that words of these bytes point into. */
+void add_pointed(const char *bytes, size_t n, const std::vector<Block> &all, std::vector<bool> *chosen) {
+  for (size_t at = 0; at + sizeof(uintptr_t) <= n; at += sizeof(uintptr_t)) {
+    uintptr_t word = 0;
+    memcpy(&word, bytes + at, sizeof word);
+    for (size_t i = 0; i < all.size(); i++) {
+      if (word >= all[i].start && word < all[i].start + all[i].bytes) (*chosen)[i] = true;
+    }
+  }
+}
+
+/* What the kernel can reach: through its arguments, and through tables of pointers that those point to. */
+std::vector<Block> reachable(const Launch &launch) {
+  constexpr size_t table_bytes = 64 * 1024;
+  std::vector<Block> all = live_blocks(), blocks;
+  std::vector<bool> chosen(all.size(), false);
+  add_pointed(launch.arguments.data(), launch.arguments.size(), all, &chosen);
+  std::vector<bool> direct = chosen;
+  for (size_t i = 0; i < all.size(); i++) {
+    if (!direct[i] || all[i].bytes > table_bytes) continue;
+    add_pointed(reinterpret_cast<const char *>(all[i].start), all[i].bytes, all, &chosen);
+  }
+  for (size_t i = 0; i < all.size(); i++) {
+    if (chosen[i]) blocks.push_back(all[i]);
+  }
+  return blocks;
+}
+
 Snapshot snapshot(const std::vector<Block> &blocks) {
   Snapshot copy;
   for (const Block &b : blocks) {
@@ -93,7 +121,7 @@ void compare(const Launch &launch, const std::vector<Block> &blocks, const Snaps
 /* A kernel is deterministic if all memory has the same bits after any order of its threads and blocks. That also finds
  * blocks that write to the same place, and barriers that are missing, without knowing the right result. */
 void run_in_all_orders(const Launch &launch, const std::vector<Variable> &shared) {
-  std::vector<Block> blocks = live_blocks();
+  std::vector<Block> blocks = reachable(launch);
   Snapshot before = snapshot(blocks);
   run_grid(launch, {Order::Forward, 1}, shared);
   Snapshot after = snapshot(blocks);
@@ -127,6 +155,10 @@ void watch_faults() {
     sigaction(signal, &action, nullptr);
   }
 #endif
+}
+
+bool compares_schedules() {
+  return settings().crosscheck;
 }
 
 void run_launch(const Launch &launch) {

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <tuple>
+#include <vector>
 
 #include "language.h"
 
@@ -15,7 +16,9 @@ struct Launch {
   dim3 grid, block;
   size_t smem;
   std::function<void()> thread; /* what one thread runs */
+  std::vector<char> arguments;  /* their bytes, if schedules are compared: the memory that the kernel may reach */
 };
+SIMCUDA_HIDDEN bool compares_schedules();
 
 SIMCUDA_HIDDEN cudaError_t enqueue_launch(Launch launch, cudaStream_t stream);
 
@@ -24,8 +27,16 @@ template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, A... args) {
   static_assert(sizeof...(P) == sizeof...(A), "a kernel takes exactly its parameters");
   std::tuple<P...> parameters(static_cast<P>(args)...);
-  Launch one = {reinterpret_cast<const void *>(kernel), grid, block, smem,
-                [kernel, parameters] { std::apply(kernel, parameters); }};
+  Launch one = {reinterpret_cast<const void *>(kernel),
+                grid,
+                block,
+                smem,
+                [kernel, parameters] { std::apply(kernel, parameters); },
+                {}};
+  if (compares_schedules()) {
+    const char *bytes = reinterpret_cast<const char *>(&parameters);
+    one.arguments.assign(bytes, bytes + sizeof parameters);
+  }
   return enqueue_launch(std::move(one), stream);
 }
 
