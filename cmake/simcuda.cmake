@@ -18,7 +18,14 @@ target_compile_definitions(simcuda_flags INTERFACE ESP_SIMCUDA _GNU_SOURCE)
 target_compile_options(simcuda_flags INTERFACE -Wall -Wextra -Werror -Wno-unused-parameter -Wno-unknown-pragmas
                                                -fvisibility=hidden -ffp-contract=off
                                                -fno-strict-aliasing # kernels read values as vectors of others
-                                               -Wno-maybe-uninitialized) # guesses, and wrong ones on them
+                                               $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-maybe-uninitialized>) # guesses
+
+# Kernels, runtime and plug-in have to agree: the sanitizer must know of every change of stack.
+if(ESP_SANITIZE MATCHES address)
+  set(sanitize -fsanitize=${ESP_SANITIZE} -fno-sanitize-recover=all)
+  target_compile_options(simcuda_flags INTERFACE ${sanitize} -fno-omit-frame-pointer)
+  target_link_options(simcuda_flags INTERFACE ${sanitize})
+endif()
 
 # .cu files as C++.
 function(esp_simcuda_sources)

@@ -6,6 +6,13 @@
 #include <cuda_runtime_api.h>
 #include <stddef.h>
 
+/* clang says it in another way than gcc. */
+#if defined(__has_feature) && !defined(__SANITIZE_ADDRESS__)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
