@@ -2,7 +2,7 @@
 #ifndef SIMCUDA_FAULTS_KERNELS_H
 #define SIMCUDA_FAULTS_KERNELS_H
 
-#include <cuda_runtime_api.h>
+#include "tests/simcuda/include/simcuda.h"
 
 enum Fault {
   CONTROL,
