@@ -7,6 +7,7 @@
  *
  * A rank that died must not leave the others waiting on a stream for ever: the stream is polled beside NCCL's own
  * asynchronous errors until a deadline, then the communicator is aborted. */
+#include <dlfcn.h>
 #include <nccl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +17,40 @@
 #include "dist/comm.h"
 
 enum { TIMEOUT_SECONDS = 600 };
+
+/* The library is opened when ranks first need it: a machine with one device may be without it. */
+#define FUNCTIONS(X)                                                                                                   \
+  X(GetUniqueId)                                                                                                       \
+  X(CommInitRankConfig)                                                                                                \
+  X(CommAbort)                                                                                                         \
+  X(CommDestroy)                                                                                                       \
+  X(CommGetAsyncError)                                                                                                 \
+  X(GroupStart)                                                                                                        \
+  X(GroupEnd)                                                                                                          \
+  X(Send)                                                                                                              \
+  X(Recv)                                                                                                              \
+  X(GetErrorString)                                                                                                    \
+  X(GetLastError)
+static struct {
+#define MEMBER(name) __typeof__(&nccl##name) name;
+  FUNCTIONS(MEMBER)
+} nccl;
+
+static esp_status open_library(void) {
+#ifdef ESP_SIMCUDA
+#define TAKE(name) nccl.name = nccl##name;
+  FUNCTIONS(TAKE)
+#else
+  void *so = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL), *f;
+  if (!so) return esp_fail(ESP_ERR_DEVICE, "NCCL: %s", dlerror());
+#define TAKE(name)                                                                                                     \
+  f = dlsym(so, "nccl" #name);                                                                                         \
+  if (!f) return esp_fail(ESP_ERR_DEVICE, "NCCL: libnccl.so.2 has no nccl" #name);                                     \
+  memcpy(&nccl.name, &f, sizeof f);
+  FUNCTIONS(TAKE)
+#endif
+  return ESP_OK;
+}
 
 typedef struct nccl_impl {
   esp_backend *be;
@@ -27,8 +62,8 @@ typedef struct nccl_impl {
 
 static esp_status nccl_error(ncclResult_t rc, ncclComm_t comm, const char *what) {
   if (rc == ncclSuccess || rc == ncclInProgress) return ESP_OK;
-  const char *more = comm ? ncclGetLastError(comm) : "";
-  return esp_fail(ESP_ERR_DEVICE, "NCCL: %s: %s%s%s", what, ncclGetErrorString(rc), more && *more ? ": " : "",
+  const char *more = comm ? nccl.GetLastError(comm) : "";
+  return esp_fail(ESP_ERR_DEVICE, "NCCL: %s: %s%s%s", what, nccl.GetErrorString(rc), more && *more ? ": " : "",
                   more ? more : "");
 }
 #define NCCL_TRY(call, what) ESP_TRY(nccl_error((call), n->comm, (what)))
@@ -43,21 +78,22 @@ static double now(void) {
 static esp_status wait_for(nccl_impl *n) {
   double deadline = now() + TIMEOUT_SECONDS;
   for (;;) {
+    /* NCCL first: work of a collective that failed may end on the stream as if nothing had happened. */
     cudaError_t e = cudaStreamQuery(esp_cuda_of(n->be)->stream);
-    if (e == cudaSuccess) return ESP_OK;
-    if (e != cudaErrorNotReady) {
+    ncclResult_t rc = ncclSuccess;
+    nccl.CommGetAsyncError(n->comm, &rc);
+    if (e == cudaSuccess && rc == ncclSuccess) return ESP_OK;
+    if (e != cudaSuccess && e != cudaErrorNotReady) {
       esp_cuda_ok(n->be, e, "a collective");
       return n->be->sticky;
     }
-    ncclResult_t rc = ncclSuccess;
-    ncclCommGetAsyncError(n->comm, &rc);
     bool late = now() > deadline;
     if ((rc == ncclSuccess || rc == ncclInProgress) && !late) continue;
     esp_status st = late
                         ? esp_fail(ESP_ERR_DEVICE, "NCCL: a collective did not finish in %d s: a rank is gone or stuck",
                                    TIMEOUT_SECONDS)
                         : nccl_error(rc, n->comm, "a collective");
-    ncclCommAbort(n->comm);
+    nccl.CommAbort(n->comm);
     n->comm = NULL;
     return n->be->sticky = st;
   }
@@ -71,29 +107,29 @@ static esp_status reduce_chunk(esp_comm *c, float *buf, int64_t count) {
   int64_t mine = count - c->rank * seg; /* elements of this rank's segment; later ranks may have none */
   if (mine > seg) mine = seg;
   if (mine < 0) mine = 0;
-  NCCL_TRY(ncclGroupStart(), "group");
+  NCCL_TRY(nccl.GroupStart(), "group");
   for (int r = 0; r < c->size; r++) {
     int64_t theirs = count - r * seg;
     if (theirs > seg) theirs = seg;
-    if (theirs > 0) NCCL_TRY(ncclSend(buf + r * seg, (size_t)theirs, ncclFloat32, r, n->comm, stream), "send");
+    if (theirs > 0) NCCL_TRY(nccl.Send(buf + r * seg, (size_t)theirs, ncclFloat32, r, n->comm, stream), "send");
     if (mine > 0)
-      NCCL_TRY(ncclRecv(n->work + r * n->segment, (size_t)mine, ncclFloat32, r, n->comm, stream), "receive");
+      NCCL_TRY(nccl.Recv(n->work + r * n->segment, (size_t)mine, ncclFloat32, r, n->comm, stream), "receive");
   }
-  NCCL_TRY(ncclGroupEnd(), "all-to-all");
+  NCCL_TRY(nccl.GroupEnd(), "all-to-all");
   if (mine > 0) {
     esp_tensor sum = esp_tensor_1d(n->work, ESP_F32, mine);
     for (int r = 1; r < c->size; r++)
       esp_cuda_axpby(n->be, sum, 1.0f, esp_tensor_1d(n->work + r * n->segment, ESP_F32, mine), 1.0f);
   }
   /* each rank gives its segment to all */
-  NCCL_TRY(ncclGroupStart(), "group");
+  NCCL_TRY(nccl.GroupStart(), "group");
   for (int r = 0; r < c->size; r++) {
     int64_t theirs = count - r * seg;
     if (theirs > seg) theirs = seg;
-    if (mine > 0) NCCL_TRY(ncclSend(n->work, (size_t)mine, ncclFloat32, r, n->comm, stream), "send");
-    if (theirs > 0) NCCL_TRY(ncclRecv(buf + r * seg, (size_t)theirs, ncclFloat32, r, n->comm, stream), "receive");
+    if (mine > 0) NCCL_TRY(nccl.Send(n->work, (size_t)mine, ncclFloat32, r, n->comm, stream), "send");
+    if (theirs > 0) NCCL_TRY(nccl.Recv(buf + r * seg, (size_t)theirs, ncclFloat32, r, n->comm, stream), "receive");
   }
-  NCCL_TRY(ncclGroupEnd(), "gather");
+  NCCL_TRY(nccl.GroupEnd(), "gather");
   return wait_for(n);
 }
 
@@ -128,13 +164,13 @@ static esp_status barrier(esp_comm *c) {
 }
 static void abort_all(esp_comm *c, int code) {
   nccl_impl *n = c->impl;
-  if (n->comm) ncclCommAbort(n->comm);
+  if (n->comm) nccl.CommAbort(n->comm);
   n->comm = NULL;
   n->host->ops->abort(n->host, code);
 }
 static void destroy(esp_comm *c) {
   nccl_impl *n = c->impl;
-  if (n->comm) ncclCommDestroy(n->comm);
+  if (n->comm) nccl.CommDestroy(n->comm);
   if (n->work) esp_cuda_free(n->be, n->work);
   free(n);
   free(c);
@@ -150,8 +186,10 @@ static const esp_comm_ops ops = {.name = "nccl",
                                  .destroy = destroy,
                                  .all_reduce_device = reduce_device};
 
-esp_status esp_comm_nccl_create(esp_backend *be, esp_comm *host, int64_t most, esp_comm **out);
-esp_status esp_comm_nccl_create(esp_backend *be, esp_comm *host, int64_t most, esp_comm **out) {
+esp_status esp_comm_nccl_create(esp_backend *be, esp_comm *host, int64_t most,
+                                esp_status (*agree)(esp_comm *c, esp_status mine), esp_comm **out);
+esp_status esp_comm_nccl_create(esp_backend *be, esp_comm *host, int64_t most,
+                                esp_status (*agree)(esp_comm *c, esp_status mine), esp_comm **out) {
   *out = NULL;
   esp_status st = ESP_OK;
   ncclUniqueId id;
@@ -164,11 +202,13 @@ esp_status esp_comm_nccl_create(esp_backend *be, esp_comm *host, int64_t most, e
   n->host = host;
   n->segment = esp_comm_device_segment(host->size, most);
   memset(&id, 0, sizeof id);
-  if (host->rank == 0) st = nccl_error(ncclGetUniqueId(&id), NULL, "unique id");
-  /* every rank goes on to the broadcast, or none could */
+  esp_status opened = open_library(); /* every rank goes on to the broadcast, or none could */
+  if (host->rank == 0 && opened == ESP_OK) st = nccl_error(nccl.GetUniqueId(&id), NULL, "unique id");
   esp_status sent = host->ops->broadcast(host, &id, sizeof id, 0);
+  if (opened != ESP_OK) st = opened;
   if (st == ESP_OK) st = sent;
-  if (st == ESP_OK) st = nccl_error(ncclCommInitRankConfig(&n->comm, host->size, id, host->rank, &cfg), NULL, "start");
+  if (agree(host, st) != ESP_OK) st = st == ESP_OK ? ESP_ERR_DEVICE : st; /* starting needs all of them */
+  if (st == ESP_OK) st = nccl_error(nccl.CommInitRankConfig(&n->comm, host->size, id, host->rank, &cfg), NULL, "start");
   if (st != ESP_OK) goto out;
   n->work = esp_cuda_alloc(be, ESP_MEM_WORKSPACE, esp_comm_device_workspace(host->size, most));
   if (!n->work) st = be->sticky;
@@ -176,7 +216,7 @@ out:
   if (st == ESP_OK) {
     *out = c;
   } else {
-    if (n && n->comm) ncclCommAbort(n->comm);
+    if (n && n->comm) nccl.CommAbort(n->comm);
     free(n);
     free(c);
   }

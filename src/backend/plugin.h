@@ -43,8 +43,9 @@ typedef struct esp_plugin {
   void (*probe)(esp_plugin_probe *out);
   esp_status (*create)(int device, esp_backend **out);
   /* On top of a communicator over host memory, which must outlive it: buffers on the device, of `most` floats at most,
-   * are reduced by NCCL. Collective. */
-  esp_status (*comm)(esp_backend *be, esp_comm *host, int64_t most, esp_comm **out);
+   * are reduced by NCCL. Collective; `agree` is esp_comm_agree. */
+  esp_status (*comm)(esp_backend *be, esp_comm *host, int64_t most, esp_status (*agree)(esp_comm *c, esp_status mine),
+                     esp_comm **out);
 } esp_plugin;
 /* The one exported symbol. NULL: the abi does not fit. */
 typedef const esp_plugin *(*esp_plugin_open_fn)(const esp_plugin_host *host);

@@ -67,8 +67,7 @@ static esp_status place(esp_model *m, const esp_tensor *t, int n, bool transpose
     return ESP_OK;
   }
   if (!be->ops->pack_host)
-    return esp_fail(ESP_ERR_RECIPE, "memory.offload_base: the %s backend computes in host memory already",
-                    be->ops->name);
+    return esp_fail(ESP_ERR_RECIPE, "memory.offload_base: needs a GPU; the cpu computes in host memory already");
   if (!m->stream) ESP_TRY(esp_stream_create(&m->stream));
   void *host = be->ops->pack_host(be, t, n, transposed, m->opt.compute);
   if (!host) return be->sticky ? be->sticky : ESP_ERR_MEMORY;

@@ -25,8 +25,9 @@ typedef struct count_impl {
   uint64_t next;
   fake_block *blocks;
   int count, cap;
-  int64_t work_bytes; /* as esp_cpu_work or esp_cuda_scratch holds them */
-  esp_gemm_need gemm; /* as the products hold them */
+  uint64_t attn_buckets; /* powers of two, see attn_begin */
+  int64_t work_bytes;    /* as esp_cpu_work or esp_cuda_scratch holds them */
+  esp_gemm_need gemm;    /* as the products hold them */
 } count_impl;
 
 static void account(const count_impl *c, bool host, esp_mem_kind kind, int64_t delta) {
@@ -128,8 +129,14 @@ static void stage(esp_backend *be, int channel, void *dst, const void *host, int
 static void stage_wait(esp_backend *be, int channel) {
   (void)be, (void)channel;
 }
+/* A device keeps a description of the sequences for each bucket of counts that occurs. */
 static uint64_t attn_begin(esp_backend *be, const int32_t *cu_seqlens, int n_seqs) {
-  (void)be, (void)cu_seqlens, (void)n_seqs;
+  (void)cu_seqlens;
+  count_impl *c = be->impl;
+  uint64_t bucket = (uint64_t)esp_attn_count_bucket(n_seqs);
+  if (!c->cuda || (c->attn_buckets & bucket)) return 0;
+  c->attn_buckets |= bucket;
+  if (!fake_alloc(be, ESP_MEM_WORKSPACE, esp_cuda_need_attn_begin(n_seqs))) be->sticky = ESP_ERR_MEMORY;
   return 0;
 }
 

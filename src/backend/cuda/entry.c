@@ -97,7 +97,8 @@ static void probe(esp_plugin_probe *out) {
 }
 
 esp_status esp_cuda_create(int device, esp_backend **out);
-esp_status esp_comm_nccl_create(esp_backend *be, esp_comm *over, int64_t most, esp_comm **out);
+esp_status esp_comm_nccl_create(esp_backend *be, esp_comm *over, int64_t most,
+                                esp_status (*agree)(esp_comm *c, esp_status mine), esp_comm **out);
 
 static const esp_plugin plugin = {ESP_PLUGIN_ABI, probe, esp_cuda_create, esp_comm_nccl_create};
 
