@@ -112,7 +112,7 @@ def build(c):
     if not d.ok():
         return dict(out, failed=d.why())
     # test programs last: if time runs out there, the measurements still have what they need
-    steps = [("program", ["espalier_bin", "espalier-cuda", "bench_cuda_gemm", "bench_cuda_ops"])]
+    steps = [("program", ["espalier_bin", "espalier-cuda", "bench_cuda_gemm", "bench_cuda_ops", "bench_step"])]
     if "tests" in c.a.sections:
         steps.append(("tests", sorted({name.removesuffix("_gpu") for name in gpu_tests(c)})))
     for name, targets in steps:

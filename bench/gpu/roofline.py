@@ -1,4 +1,4 @@
-"""The least time of a training step for every named shape, from the counting backend (bench_roofline), as Markdown.
+"""The least time of a training step for every named shape, from the counting backend (bench_step), as Markdown.
 
     python3 bench/gpu/roofline.py BUILD_DIR [--tflops 989] [--tbps 4.8] >bench/results/roofline.md
 """
@@ -50,7 +50,7 @@ def main():
         shape = shapes.SHAPES[name]
         with tempfile.TemporaryDirectory() as folder:
             shapes.write_config(shape["config"], folder)
-            p = subprocess.run([os.path.join(a.build, "bin/bench_roofline"), folder, str(shape["seq"]),
+            p = subprocess.run([os.path.join(a.build, "bin/bench_step"), folder, str(shape["seq"]),
                                 str(shape["batch"]), "16", str(a.tflops), str(a.tbps)], capture_output=True, text=True)
             plans[name] = planned(a.build, folder, shape)
         if p.returncode:

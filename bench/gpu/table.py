@@ -48,6 +48,30 @@ def training(bench):
             yield f"| {shape} | | {e['failed']} | | | | | | | | |"
 
 
+def profiles(bench):
+    """Time of each class of operations beside its floor, from a step with a wait around every operation."""
+    found = {n: e["profile"] for n, e in bench["shapes"].items() if "classes" in e.get("profile", {})}
+    if not found:
+        return
+    classes = list(next(iter(found.values()))["classes"])
+    yield "\nMilliseconds of a step, operations apart from one another / their floor at the ceilings below. The adapters'"
+    yield "up-projections are timed with the base products and have their floor under thin_matmul.\n"
+    yield "| shape | step | sum | " + " | ".join(classes) + " |"
+    yield "|---" * (len(classes) + 3) + "|"
+    for name, p in found.items():
+        total = sum(v["seconds"] for v in p["classes"].values())
+        cells = [f"{1e3 * v['seconds']:.2f} / {1e3 * v['floor_s']:.2f}" for v in p["classes"].values()]
+        yield f"| {name} | {1e3 * p['step_seconds']:.1f} | {1e3 * total:.1f} | " + " | ".join(cells) + " |"
+    for name, p in found.items():
+        slow = sorted(p["operations"], key=lambda o: o["floor_s"] - o["seconds"])[:8]
+        yield f"\n{name}, the operations that lose most against their floor:\n"
+        yield "| operation | dims | calls | ms | floor ms |"
+        yield "|---|---|---|---|---|"
+        for o in slow:
+            yield (f"| {o['op']}{' + adapter' if o['tails'] else ''} | {' x '.join(str(d) for d in o['dims'] if d)} | "
+                   f"{o['calls']} | {1e3 * o['seconds']:.3f} | {1e3 * o['floor_s']:.3f} |")
+
+
 def checks(name, s):
     yield f"\n## {name}\n"
     for key, value in s.items():
@@ -67,6 +91,7 @@ def lines(data):
     if "bench" in sections and "shapes" in sections["bench"]:
         b = sections["bench"]
         yield from training(b)
+        yield from profiles(b)
         yield from peaks(b["peaks"])
     for name in ("build", "tests", "sanitizer", "parity", "syntax"):
         if name in sections:

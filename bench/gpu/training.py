@@ -91,6 +91,14 @@ def peft(c, folder, side, batch, limit, *options):
                 versions=e["versions"])
 
 
+def profile(c, folder, seq, batch, peak):
+    """Where the time of a step goes: each operation by itself, beside its floor at the measured ceilings."""
+    ceilings = [f"{peak.get(k) or sheet:g}" for k, sheet in (("matmul_peak_tflops", 989), ("memory_peak_tbps", 4.8))]
+    d = c.run.run([os.path.join(c.build, "bin/bench_step"), folder, str(seq), str(batch), "16", *ceilings, c.device], 60,
+                  env=c.env)
+    return json.loads("".join(d.lines)) if d.ok() else {"failed": d.why()}
+
+
 def one_shape(c, name, results, out):
     shape = shapes.SHAPES[name]
     config, seq, batch = shape["config"], shape["seq"], shape["batch"]
@@ -120,6 +128,9 @@ def one_shape(c, name, results, out):
             finish_row(row, entry, out["peaks"])
             c.say(json.dumps({"shape": name, **{k: v for k, v in row.items() if k != "versions"}}))
             entry["rows"].append(row)
+            results.put("bench", out)
+        if c.clock.left() > 30:
+            entry["profile"] = profile(c, folder, seq, batch, out["peaks"])
             results.put("bench", out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
