@@ -30,6 +30,10 @@ static const attn_case cases[] = {
     {1, 1, 32, {600}, true, 100, 0, 0},
     {1, 1, 32, {530}, false, 0, 0, 0},
     {1, 1, 33, {66, 1, 1}, false, 0, 3.0f, 0},
+    /* rows that begin at multiples of 16 bytes: cuDNN takes these; the second in two groups of length */
+    {6, 2, 16, {33, 9, 1, 20}, true, 0, 0, 8},
+    {2, 1, 16, {130, 3, 5, 2}, true, 9, 0, 16},
+    {3, 3, 32, {40, 17}, false, 0, 0, 0},
 };
 
 typedef struct attn_test {
