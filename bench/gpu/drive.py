@@ -84,12 +84,21 @@ def wheel_files(*names):
     return out
 
 
-def first_of(names, *folders):
-    for folder in folders:
-        for name in names:
-            if os.path.exists(os.path.join(folder, name)):
-                return folder
-    return None
+def from_wheels(toolkit):
+    """Compiler flags and CMake definitions for what the toolkit's include folder lacks and the wheels have."""
+    flags, definitions = [], []
+    for header, option in (("cudnn.h", "ESP_CUDNN_INCLUDE"), ("nccl.h", "ESP_NCCL_INCLUDE"), ("cublasLt.h", None),
+                           ("nvtx3/nvToolsExt.h", None)):
+        folders = [toolkit] + [p[: -len(header) - 1] for p in wheel_files("include/" + header)]
+        at = next((f for f in folders if os.path.exists(os.path.join(f, header))), None)
+        if at and option:
+            definitions.append(f"-D{option}={at}")
+        elif at and at != toolkit and f"-isystem{at}" not in flags:
+            flags.append(f"-isystem{at}")
+    libraries = wheel_files("lib/libcublasLt.so.13")
+    if libraries and not os.path.exists(os.path.join(toolkit, "cublasLt.h")):
+        definitions.append(f"-DESP_CUBLASLT={libraries[0]}")
+    return flags, definitions
 
 
 def build(c):
@@ -98,13 +107,12 @@ def build(c):
         return {"failed": "no nvcc on the PATH"}
     toolkit = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(nvcc))), "include")
     arch = c.a.arch or (smi("compute_cap") or "9.0").replace(".", "") + "-real"
+    flags, definitions = from_wheels(toolkit)
     command = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", c.build, "-DCMAKE_BUILD_TYPE=Release", "-DESP_MPI=OFF",
-               "-DESP_CUDA=ON", "-DESP_CUDA_SIM=OFF", f"-DESP_CUDA_ARCHS={arch}",
-               "-DCMAKE_C_FLAGS=" + " ".join("-Wno-error=" + w for w in FLOW_WARNINGS)]
-    for option, header in (("ESP_CUDNN_INCLUDE", "cudnn.h"), ("ESP_NCCL_INCLUDE", "nccl.h")):
-        at = first_of([header], toolkit, *[os.path.dirname(p) for p in wheel_files("include/" + header)])
-        if at:
-            command.append(f"-D{option}={at}")
+               "-DESP_CUDA=ON", "-DESP_CUDA_SIM=OFF", f"-DESP_CUDA_ARCHS={arch}", *definitions,
+               "-DCMAKE_C_FLAGS=" + " ".join(flags + ["-Wno-error=" + w for w in FLOW_WARNINGS])]
+    if flags:
+        command.append("-DCMAKE_CUDA_FLAGS=" + " ".join(flags))
     if os.environ.get("CMAKE_LIBRARY_PATH"):
         command.append(f"-DESP_OPENBLAS={os.environ['CMAKE_LIBRARY_PATH']}/libopenblas.so")
     d = c.run.run(command, 60)
