@@ -31,7 +31,7 @@ fuzz:
 	@scripts/setup.sh test
 	@scripts/fuzz.sh
 
-SOURCES = $(shell git ls-files '*.c' '*.h')
+SOURCES = $(shell git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp')
 format:
 	@clang-format-14 -i $(SOURCES)
 format-check:

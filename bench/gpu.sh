@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that is to be known of espalier on the GPU of this machine, in one call of under ten minutes: builds, tests,
 # looks for faults, compares with the CPU backend and with PEFT, measures. Stops cleanly when the time is over and writes
-# what it has: OUT/<device>.json and a table, OUT/<device>.md (docs/gpu.md says how to read them).
+# what it has: OUT/<device>.json and a table, OUT/<device>.md (bench/README.md says how to read them).
 #
 #   bench/gpu.sh [OPTIONS] [SECTION ...]      sections: build tests sanitizer parity bench (all, in this order)
 #     --deadline S     seconds for everything (540)
