@@ -112,7 +112,7 @@ def build(c):
                "-DESP_CUDA=ON", "-DESP_CUDA_SIM=OFF", f"-DESP_CUDA_ARCHS={arch}", *definitions,
                "-DCMAKE_C_FLAGS=" + " ".join(flags + ["-Wno-error=" + w for w in FLOW_WARNINGS])]
     if flags:
-        command.append("-DCMAKE_CUDA_FLAGS=" + " ".join(flags))
+        command.append("-DCMAKE_CUDA_FLAGS=" + " ".join(f.replace("-isystem", "-I") for f in flags))
     if os.environ.get("CMAKE_LIBRARY_PATH"):
         command.append(f"-DESP_OPENBLAS={os.environ['CMAKE_LIBRARY_PATH']}/libopenblas.so")
     d = c.run.run(command, 60)

@@ -4,7 +4,7 @@
  *
  *   bench_cuda_gemm [--device cuda|cuda:N|cpu] [--small]      one line of JSON per product; peer_ops.py runs the same
  * in torch */
-#include "gpu/timing.h"
+#include "timing.h"
 
 typedef enum product { LINEAR, LINEAR_DX, MATMUL } product;
 

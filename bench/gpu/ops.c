@@ -4,7 +4,7 @@
  *   bench_cuda_ops [--device cuda|cuda:N|cpu] [--small]       one line of JSON per operation; peer_ops.py runs the same
  *                                                             in torch */
 #include "backend/optim_rules.h"
-#include "gpu/timing.h"
+#include "timing.h"
 
 typedef struct sizes {
   int64_t tokens, hidden, ffn, heads, kv, head_dim, vocab, chunk, copy, params;
