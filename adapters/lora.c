@@ -144,7 +144,7 @@ static esp_tensor ones_column(esp_run *run, lora_group *lg, int64_t rows) {
     lg->ones = ops->alloc(run->be, ESP_MEM_WORKSPACE, bytes);
     char *host = lg->ones ? esp_mem_alloc(ESP_MEM_HOST, (size_t)bytes) : NULL;
     if (!host) {
-      run->be->sticky = ESP_ERR_MEMORY;
+      run->be->sticky = esp_backend_why_null(run->be);
       return esp_tensor_2d(lg->ones, run->compute, 0, 1);
     }
     for (int64_t i = 0; i < rows; i++) {

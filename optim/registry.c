@@ -35,7 +35,7 @@ esp_status esp_optim_create(const esp_optim_cfg *cfg, esp_params *ps, esp_optim 
     o->state[i] = ps->be->ops->alloc(ps->be, ESP_MEM_OPTIM, ps->total * 4);
     if (!o->state[i]) {
       esp_optim_destroy(o);
-      return ESP_ERR_MEMORY;
+      return esp_backend_why_null(ps->be);
     }
   }
   *out = o;

@@ -234,6 +234,10 @@ void esp_backend_destroy(esp_backend *be);
 static inline esp_status esp_backend_sync(esp_backend *be) {
   return be->ops->sync(be);
 }
+/* After an allocation that gave NULL: what failed before it (a lost device, say), else memory. */
+static inline esp_status esp_backend_why_null(const esp_backend *be) {
+  return be->sticky != ESP_OK ? be->sticky : ESP_ERR_MEMORY;
+}
 static inline bool esp_backend_counts(const esp_backend *be) {
   return be->ops->name[0] == 'c' && be->ops->name[1] == 'o';
 }

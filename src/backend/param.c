@@ -58,17 +58,17 @@ esp_status esp_params_finalize(esp_params *ps, esp_dtype shadow, bool with_grad)
   ps->total = (ps->total + PAD - 1) / PAD * PAD;
   ps->shadow_dtype = shadow;
   ps->master = be->ops->alloc(be, ESP_MEM_PARAMS, ps->total * 4);
-  if (!ps->master) return ESP_ERR_MEMORY;
+  if (!ps->master) return esp_backend_why_null(be);
   if (with_grad) {
     ps->grad = be->ops->alloc(be, ESP_MEM_PARAMS, ps->total * 4);
-    if (!ps->grad) return ESP_ERR_MEMORY;
+    if (!ps->grad) return esp_backend_why_null(be);
   }
   if (shadow == ESP_F32) {
     ps->shadow = ps->master;
     return ESP_OK;
   }
   ps->shadow = be->ops->alloc(be, ESP_MEM_PARAMS, ps->total * (int64_t)esp_dtype_size(shadow));
-  return ps->shadow ? ESP_OK : ESP_ERR_MEMORY;
+  return ps->shadow ? ESP_OK : esp_backend_why_null(be);
 }
 
 static void *shadow_at(const esp_params *ps, int64_t offset) {

@@ -21,7 +21,7 @@ esp_status esp_kv_create(esp_model *m, int batch, int64_t max_len, esp_kv **out)
   kv->lens = esp_mem_alloc(ESP_MEM_HOST, (size_t)batch * sizeof *kv->lens);
   if (!kv->k || !kv->v || !kv->lens) {
     esp_kv_destroy(kv);
-    return ESP_ERR_MEMORY;
+    return esp_backend_why_null(m->be);
   }
   *out = kv;
   return ESP_OK;

@@ -40,7 +40,7 @@ esp_status esp_rope_ensure(esp_model *m, int64_t n) {
   int64_t bytes = rows * half * 4;
   m->cos_t = be->ops->alloc(be, ESP_MEM_WEIGHTS, bytes);
   m->sin_t = be->ops->alloc(be, ESP_MEM_WEIGHTS, bytes);
-  if (!m->cos_t || !m->sin_t) return ESP_ERR_MEMORY;
+  if (!m->cos_t || !m->sin_t) return esp_backend_why_null(be);
   m->rope_rows = rows;
   if (esp_backend_counts(be)) return ESP_OK;
   float *c = esp_mem_alloc(ESP_MEM_HOST, (size_t)bytes), *s = esp_mem_alloc(ESP_MEM_HOST, (size_t)bytes);

@@ -62,7 +62,7 @@ static esp_status place(esp_model *m, const esp_tensor *t, int n, bool transpose
   esp_backend *be = m->be;
   if (!m->opt.offload_base) {
     w->impl = be->ops->pack(be, t, n, transposed, m->opt.compute);
-    if (!w->impl) return be->sticky ? be->sticky : ESP_ERR_MEMORY;
+    if (!w->impl) return esp_backend_why_null(be);
     w->ops = &resident_ops;
     return ESP_OK;
   }
@@ -70,7 +70,7 @@ static esp_status place(esp_model *m, const esp_tensor *t, int n, bool transpose
     return esp_fail(ESP_ERR_RECIPE, "memory.offload_base: needs a GPU; the cpu computes in host memory already");
   if (!m->stream) ESP_TRY(esp_stream_create(&m->stream));
   void *host = be->ops->pack_host(be, t, n, transposed, m->opt.compute);
-  if (!host) return be->sticky ? be->sticky : ESP_ERR_MEMORY;
+  if (!host) return esp_backend_why_null(be);
   esp_status st = esp_stream_add(m->stream, be, host, w, m->opt.compute);
   if (st != ESP_OK) be->ops->host_free(be, host);
   return st;
@@ -123,7 +123,7 @@ static esp_status load_bias(esp_model *m, esp_group *g) {
   }
   void *data = m->be->ops->alloc(m->be, ESP_MEM_WEIGHTS, g->out * 4);
   if (!data) {
-    st = ESP_ERR_MEMORY;
+    st = esp_backend_why_null(m->be);
     goto out;
   }
   m->be->ops->upload(m->be, data, host, g->out * 4);
@@ -181,7 +181,7 @@ static esp_status settle_group(esp_model *m, esp_group *g) {
 
 static esp_status upload_fp32(esp_model *m, const float *host, int64_t n, esp_tensor *out) {
   void *data = m->be->ops->alloc(m->be, ESP_MEM_WEIGHTS, n * 4);
-  if (!data) return ESP_ERR_MEMORY;
+  if (!data) return esp_backend_why_null(m->be);
   m->be->ops->upload(m->be, data, host, n * 4);
   m->loads++;
   *out = esp_tensor_1d(data, ESP_F32, n);
@@ -228,7 +228,7 @@ static esp_status load_table(esp_model *m, esp_site *s) {
   int64_t n = s->in * s->out;
   if (e && !counting) ESP_TRY(esp_check_finite(e));
   void *data = m->be->ops->alloc(m->be, ESP_MEM_WEIGHTS, n * (int64_t)esp_dtype_size(t));
-  if (!data) return ESP_ERR_MEMORY;
+  if (!data) return esp_backend_why_null(m->be);
   ss->w = esp_tensor_2d(data, t, s->in, s->out);
   ss->w_owned = ss->loaded = true;
   m->loads++;

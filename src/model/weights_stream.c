@@ -70,7 +70,7 @@ static esp_status grow(esp_stream *s, esp_backend *be, int64_t bytes) {
     if (s->buffer[i]) be->ops->free(be, s->buffer[i]);
     s->holds[i] = -1;
     s->buffer[i] = be->ops->alloc(be, ESP_MEM_WEIGHTS, bytes);
-    if (!s->buffer[i]) return ESP_ERR_MEMORY;
+    if (!s->buffer[i]) return esp_backend_why_null(be);
   }
   s->bytes = bytes;
   return ESP_OK;

@@ -48,7 +48,7 @@ esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, bool
     if (m->work.buf[i]) m->be->ops->free(m->be, m->work.buf[i]);
     m->work.bytes[i] = 0;
     m->work.buf[i] = m->be->ops->alloc(m->be, ESP_MEM_WORKSPACE, want[i]);
-    if (!m->work.buf[i]) return ESP_ERR_MEMORY;
+    if (!m->work.buf[i]) return esp_backend_why_null(m->be);
     m->work.bytes[i] = want[i];
     m->work.revision++;
   }

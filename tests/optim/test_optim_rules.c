@@ -310,22 +310,30 @@ static void test_count_keeps_the_same_books(void **state) {
   (void)state;
   esp_backend *count;
   esp_mem_stats before, real, counted, after;
-  MUST(esp_backend_create(test_count_name(), &count));
   esp_mem_stats_get(&before);
   esp_backend *own; /* a fresh one: no scratch yet */
   MUST(esp_backend_create(test_backend_name(), &own));
   use_store(own, &real);
   esp_backend_destroy(own);
+  MUST(esp_backend_create(test_count_name(), &count)); /* a backend holds memory of its own from the start */
   use_store(count, &counted);
   for (int k = 0; k < ESP_MEM_KINDS; k++) {
     int64_t slack = k == ESP_MEM_WEIGHTS || k == ESP_MEM_WORKSPACE ? 512 : 0; /* small bookkeeping structs */
-    if (k != ESP_MEM_HOST) assert_in_range(real.now[k] - counted.now[k] + slack, 0, 2 * slack);
+    int64_t apart = real.now[k] - counted.now[k];
+    /* What a device's attention needs is counted for the library's kernels, which may leave a shape to our own. */
+    bool bound = !test_on_cpu() && k == ESP_MEM_WORKSPACE && apart < 0 && -apart < counted.now[k] / 50;
+    if (k != ESP_MEM_HOST && !bound && (apart < -slack || apart > slack))
+      fail_msg("%s: %ld bytes, counted %ld", esp_mem_kind_name((esp_mem_kind)k), (long)real.now[k],
+               (long)counted.now[k]);
   }
+  int64_t apart = counted.now_device - real.now_device;
+  assert_true(apart >= 0 && apart <= counted.now_device / 50);
   assert_true(count->stats.launches > 0 && count->stats.bytes > 0 && count->stats.flops > 0);
   esp_backend_destroy(count);
   esp_mem_stats_get(&after);
   for (int k = 0; k < ESP_MEM_KINDS; k++)
     if (k != ESP_MEM_HOST) assert_int_equal(before.now[k], after.now[k]);
+  assert_int_equal(before.now_device, after.now_device);
 }
 static void test_stack_overflow_is_sticky(void **state) {
   (void)state;

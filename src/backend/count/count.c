@@ -129,14 +129,16 @@ static void stage(esp_backend *be, int channel, void *dst, const void *host, int
 static void stage_wait(esp_backend *be, int channel) {
   (void)be, (void)channel;
 }
-/* A device keeps a description of the sequences for each bucket of counts that occurs. */
+/* A device keeps a description of the sequences for each bucket of counts that occurs: this one and, in other rows of a
+ * run, probably all smaller ones. */
 static uint64_t attn_begin(esp_backend *be, const int32_t *cu_seqlens, int n_seqs) {
   (void)cu_seqlens;
   count_impl *c = be->impl;
-  uint64_t bucket = (uint64_t)esp_attn_count_bucket(n_seqs);
-  if (!c->cuda || (c->attn_buckets & bucket)) return 0;
-  c->attn_buckets |= bucket;
-  if (!fake_alloc(be, ESP_MEM_WORKSPACE, esp_cuda_need_attn_begin(n_seqs))) be->sticky = ESP_ERR_MEMORY;
+  for (int64_t n = 1; c->cuda && n <= esp_attn_count_bucket(n_seqs); n *= 2) {
+    if (c->attn_buckets & (uint64_t)n) continue;
+    c->attn_buckets |= (uint64_t)n;
+    if (!fake_alloc(be, ESP_MEM_WORKSPACE, esp_cuda_need_attn_begin(n))) be->sticky = ESP_ERR_MEMORY;
+  }
   return 0;
 }
 
