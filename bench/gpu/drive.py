@@ -19,7 +19,7 @@ from job import Clock, DeviceMemory, Results, Runner
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SECTIONS = ["build", "tests", "sanitizer", "parity", "bench"]
-LIMITS = {"build": 240, "tests": 150, "sanitizer": 150, "parity": 120, "bench": 600}
+LIMITS = {"build": 240, "tests": 150, "sanitizer": 90, "parity": 120, "bench": 600}
 # Warnings that newer compilers give for sound code: they stay warnings here.
 FLOW_WARNINGS = ("array-bounds", "stringop-overflow", "stringop-overread", "maybe-uninitialized", "restrict",
                  "format-truncation", "free-nonheap-object", "nonnull")
@@ -43,6 +43,7 @@ class Context:
         self.memory = DeviceMemory() if self.on_gpu and shutil.which("nvidia-smi") else None
         self.run = Runner(self.clock, self.memory, os.path.join(a.out, "gpu.log"))
         self.say = self.run.say
+        self.sanitizers = {}
         self.env = dict(os.environ)
         found = [os.path.dirname(p) for p in wheel_files("lib/libcudnn.so.9", "lib/libnccl.so.2")]
         if found:
@@ -139,6 +140,8 @@ def gpu_tests(c):
 
 
 def tests(c):
+    if "sanitizer" in c.a.sections:
+        sanitizer_begin(c)
     d = c.run.run(["ctest", "--test-dir", c.build, "-L", "gpu", "-j", str(min(os.cpu_count(), 8)), "--timeout", "120",
                    "--output-on-failure"], LIMITS["tests"], env=c.env)
     text = "".join(d.lines)
@@ -155,24 +158,31 @@ def tests(c):
     return out
 
 
-def sanitizer(c):
+def sanitizer_begin(c):
+    """Starts the tools beside one another (each keeps one processor busy), and beside the tests."""
     program = shutil.which("compute-sanitizer")
-    if not program:
-        return {"failed": "no compute-sanitizer on the PATH"}
+    if c.sanitizers or not program:
+        return
     folder = os.path.join(c.work, "sanitizer")
     shape = shapes.SHAPES["tiny"]
     shapes.make("tiny", folder, 4, shape["seq"])
-    out, started = {}, {}
-    for tool in ("memcheck", "racecheck", "initcheck"):  # beside one another: each takes one processor
+    for tool in ("memcheck", "racecheck", "initcheck"):
         recipe = c.recipe(folder, tool, seq=shape["seq"], steps=2, batch=shape["batch"])
-        started[tool] = c.run.start([program, "--tool", tool, "--error-exitcode", "99", c.espalier, "run", recipe,
-                                     "--overwrite", "--json"], c.env)
-    for tool, job in started.items():
+        c.sanitizers[tool] = c.run.start([program, "--tool", tool, "--error-exitcode", "99", c.espalier, "run", recipe,
+                                          "--overwrite", "--json"], c.env)
+
+
+def sanitizer(c):
+    sanitizer_begin(c)
+    if not c.sanitizers:
+        return {"failed": "no compute-sanitizer on the PATH"}
+    out = {}
+    for tool, job in c.sanitizers.items():
         d = c.run.finish(job, LIMITS["sanitizer"])
         text = "".join(d.lines) + d.err
         c.run.log.write(text[-6000:])
         summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", text)
-        out[tool] = {"seconds": round(d.seconds, 1), "summary": summary[-1] if summary else None}
+        out[tool] = {"summary": summary[-1] if summary else None}
         if not d.ok():
             out[tool]["failed"] = d.why()
     bad = [t for t in out if "failed" in out[t]]
@@ -334,6 +344,11 @@ def main():
             if c.clock.left() < 10:
                 c.say(f"== {s}: not begun, the time is over")
                 results.put(s, {"failed": "not begun: the time was over"})
+                failed.append(s)
+                continue
+            if s not in ("build", "syntax") and not os.path.exists(c.espalier):
+                c.say(f"== {s}: no {c.espalier}")
+                results.put(s, {"failed": "there is no build"})
                 failed.append(s)
                 continue
             c.say(f"== {s} ({c.clock.left():.0f} s left)")

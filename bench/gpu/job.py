@@ -106,20 +106,12 @@ class Runner:
         self.log.write(text + "\n")
         self.log.flush()
 
-    def start(self, command, env=None):
+    def start(self, command, env=None, first=None):
+        """first: a predicate on lines of stdout. Its output is read from here on."""
         err = tempfile.TemporaryFile(mode="w+")
+        d, begin = Done(), time.monotonic()
         p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True, env=env, start_new_session=True)
         self.live.add(p)
-        return p, err, time.monotonic()
-
-    def stop_all(self):
-        for p in self.live:
-            stop(p)
-
-    def finish(self, started, limit, first=None):
-        """Reads until the end or the limit. first: a predicate on lines of stdout."""
-        p, err, begin = started
-        d = Done()
 
         def read():
             for line in p.stdout:
@@ -127,16 +119,24 @@ class Runner:
                 if first and d.first is None and first(line):
                     d.first = time.monotonic() - begin
 
-        reader = threading.Thread(target=read)
+        reader = threading.Thread(target=read, daemon=True)
         reader.start()
-        limit = min(limit, self.clock.left())
-        while time.monotonic() - begin < limit:
-            if p.poll() is not None:
-                d.rc = p.returncode
-                break
-            time.sleep(0.02)
-        else:
+        return p, err, begin, reader, d
+
+    def stop_all(self):
+        for p in self.live:
             stop(p)
+
+    def finish(self, started, limit):
+        """Waits until the end, or until `limit` seconds after now."""
+        p, err, begin, reader, d = started
+        end = time.monotonic() + min(limit, self.clock.left())
+        while p.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        if p.returncode is None:
+            stop(p)
+        else:
+            d.rc = p.returncode
         self.live.discard(p)
         reader.join(timeout=5)
         d.seconds = time.monotonic() - begin
@@ -148,7 +148,7 @@ class Runner:
     def run(self, command, limit, first=None, env=None):
         base = self.memory.begin() if self.memory else 0
         self.log.write("$ " + " ".join(command) + "\n")
-        d = self.finish(self.start(command, env), limit, first)
+        d = self.finish(self.start(command, env, first), limit)
         if self.memory and self.memory.process:
             d.device_bytes = self.memory.high - base
         self.log.write("".join(d.lines[-40:]) + d.err[-4000:] + f"[{d.rc}, {d.seconds:.1f} s]\n")
