@@ -4,7 +4,10 @@
 #ifndef ESP_ADAPTERS_ADAPTER_H
 #define ESP_ADAPTERS_ADAPTER_H
 
+#include "core/arena.h"
 #include "model/model.h"
+
+struct json_t; /* jansson */
 
 typedef struct esp_pattern { /* rank_pattern, alpha_pattern: PEFT's matching, re.match(r"(.*\.)?(key)$", path) */
   const char *key;
@@ -73,9 +76,19 @@ typedef struct esp_adapter_kind {
   bool (*wants_output)(const esp_adapter *a);
   void (*destroy)(esp_adapter *a);
 
-  /* Optional: called around optimizer steps. */
-  void (*after_step)(esp_adapter *a, int64_t step, int64_t total);
-  void (*task_end)(esp_adapter *a);
+  /* Optional: called around optimizer steps. before_step: gradients are complete (all micro-batches, all ranks) and not
+   * yet clipped: may add those of a penalty and answers its value (0: none). after_step: parameters are new; may change
+   * ranks (esp_adapter_resize). step is 0-based within the task, total the task's steps. */
+  double (*before_step)(esp_adapter *a, int64_t step, int64_t total);
+  esp_status (*after_step)(esp_adapter *a, int64_t step, int64_t total);
+  esp_status (*task_begin)(esp_adapter *a, int task);
+  esp_status (*task_end)(esp_adapter *a, int task);
+
+  /* The kind's own keys of adapter_config.json, beside those every kind has (targets, layers, modules_to_save, bias).
+   * check: errors of a recipe that need no base. NULL: none. */
+  void (*config_write)(const esp_adapter *a, struct json_t *j);
+  esp_status (*config_read)(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);
+  esp_status (*config_check)(const esp_adapter_cfg *c);
 
   /* rows [r0, r0+n) of the effective weight, fp32 host: in: w holds the base rows [n, in]; out: the merged rows. Used
    * by merge, export and extraction only, never in a step. */

@@ -77,6 +77,7 @@ static esp_status check_cfg(const esp_adapter_kind *kind, esp_adapter_cfg *cfg) 
     if (cfg->rank_pattern[i].value < 1 || cfg->rank_pattern[i].value != floor(cfg->rank_pattern[i].value))
       return esp_fail(ESP_ERR_RECIPE, "adapter.rank_pattern: '%s' must be a whole number of at least 1",
                       cfg->rank_pattern[i].key);
+  if (kind->config_check) ESP_TRY(kind->config_check(cfg));
   return esp_target_check(cfg);
 }
 

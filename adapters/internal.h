@@ -68,6 +68,16 @@ bool esp_lora_init_known(const char *init);
 /* Materialised change of a linear site: w[n, in] += scale * B[r0 .. r0+n, :] A. */
 void esp_lowrank_add(float *w, int64_t n, int64_t in, const float *A, const float *B, int64_t r, float scale);
 
+/* peft_json.c, peft_config.c */
+struct json_t *esp_json_number(double x); /* an integer where it is one */
+/* rank_pattern, alpha_pattern: as PEFT reads them, values times `factor` */
+struct json_t *esp_json_patterns(const esp_adapter *a, const esp_pattern *list, int n, double fallback, double factor);
+esp_status esp_json_read_patterns(const struct json_t *j, const char *key, const char *path, esp_arena *arena,
+                                  const esp_pattern **list, int *n);
+/* lora_config.c */
+void esp_lora_config_write(const esp_adapter *a, struct json_t *j);
+esp_status esp_lora_config_read(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);
+
 /* peft_save.c / peft_load.c */
 float *esp_param_host(const esp_adapter *a, int index); /* host copy in the file's layout; esp_mem_free */
 void esp_param_file_shape(const esp_adapter *a, int index, int *ndim, int64_t shape[ESP_MAX_DIMS]);

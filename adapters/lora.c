@@ -360,6 +360,8 @@ static void lora_destroy(esp_adapter *a) {
 }
 
 const esp_adapter_kind esp_kind_lora = {
+    .config_write = esp_lora_config_write,
+    .config_read = esp_lora_config_read,
     .name = "lora",
     .peft_type = "LORA",
     .summary = "low-rank update, y = W x + s B A x (Hu et al. 2021, arXiv:2106.09685)",

@@ -33,8 +33,8 @@ static esp_status list_or_regex(const json_t *j, const char *key, const char *pa
   return *regex ? ESP_OK : ESP_ERR_MEMORY;
 }
 
-static esp_status patterns(const json_t *j, const char *key, const char *path, esp_arena *arena,
-                           const esp_pattern **list, int *n) {
+esp_status esp_json_read_patterns(const json_t *j, const char *key, const char *path, esp_arena *arena,
+                                  const esp_pattern **list, int *n) {
   json_t *v = json_object_get(j, key);
   if (!v || json_is_null(v)) return ESP_OK;
   if (!json_is_object(v)) return esp_fail(ESP_ERR_DATA, "%s: key '%s' must be an object", path, key);
@@ -119,61 +119,20 @@ static esp_status tokens(const json_t *j, const char *path, esp_arena *arena, es
   return ESP_OK;
 }
 
-static esp_status init_name(const json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c) {
-  const json_t *v = json_object_get(j, "init_lora_weights");
-  c->init = "default";
-  if (!json_is_string(v)) return ESP_OK; /* true, false, null: the values come from the file anyway */
-  const char *s = json_string_value(v);
-  static const char *const starts[] = {"eva", "mica"}; /* leave the base as it is */
-  for (size_t i = 0; i < sizeof starts / sizeof starts[0]; i++)
-    if (strcmp(s, starts[i]) == 0) return ESP_OK;
-  if (!esp_lora_init_known(s))
-    return esp_fail(ESP_ERR_DATA,
-                    "%s: init_lora_weights '%s' rewrites the base in a way that cannot be repeated here (save it with "
-                    "path_initial_model_for_weight_conversion)",
-                    path, s);
-  c->init = esp_arena_strdup(arena, s);
-  return c->init ? ESP_OK : ESP_ERR_MEMORY;
-}
-
-static bool is_off(const json_t *v) {
-  return !v || json_is_null(v) || json_is_false(v) || (json_is_object(v) && json_object_size(v) == 0) ||
-         (json_is_array(v) && json_array_size(v) == 0);
-}
-
-static esp_status parse_lora(const json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c) {
-  static const char *const unsupported[] = {
-      "use_dora",          "use_qalora",        "use_bdlora",      "alora_invocation_tokens",
-      "arrow_config",      "kasa_config",       "velora_config",   "monteclora_config",
-      "layer_replication", "target_parameters", "megatron_config", "loftq_config"};
-  for (size_t i = 0; i < sizeof unsupported / sizeof unsupported[0]; i++)
-    if (!is_off(json_object_get(j, unsupported[i])))
-      return esp_fail(ESP_ERR_DATA, "%s: key '%s' asks for a variant of LoRA that is not supported", path,
-                      unsupported[i]);
-  int rslora = 0, lora_bias = 0;
-  c->r = 8;
-  c->alpha = 8;
+/* What every kind with targets may have. */
+static esp_status parse_common(const json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c) {
   const char *bias = "none";
-  ESP_TRY(esp_json_i64(j, "r", path, 0, &c->r));
-  ESP_TRY(esp_json_f64(j, "lora_alpha", path, 0, &c->alpha));
-  ESP_TRY(esp_json_f64(j, "lora_dropout", path, 0, &c->dropout));
-  ESP_TRY(esp_json_bool(j, "use_rslora", path, 0, &rslora));
-  ESP_TRY(esp_json_bool(j, "lora_bias", path, 0, &lora_bias));
-  ESP_TRY(esp_json_str(j, "bias", path, 0, &bias));
-  c->rslora = rslora != 0;
-  c->lora_bias = lora_bias != 0;
+  const json_t *b = json_object_get(j, "bias");
+  if (json_is_string(b)) bias = json_string_value(b);
   c->bias = esp_arena_strdup(arena, bias);
   if (!c->bias) return ESP_ERR_MEMORY;
   ESP_TRY(list_or_regex(j, "target_modules", path, arena, &c->target, &c->n_target, &c->target_regex));
   ESP_TRY(list_or_regex(j, "exclude_modules", path, arena, &c->exclude, &c->n_exclude, &c->exclude_regex));
-  ESP_TRY(patterns(j, "rank_pattern", path, arena, &c->rank_pattern, &c->n_rank_pattern));
-  ESP_TRY(patterns(j, "alpha_pattern", path, arena, &c->alpha_pattern, &c->n_alpha_pattern));
   ESP_TRY(layers(j, path, arena, c));
   const json_t *v = json_object_get(j, "modules_to_save");
   if (json_is_array(v))
     ESP_TRY(string_list(v, "modules_to_save", path, arena, &c->modules_to_save, &c->n_modules_to_save));
-  ESP_TRY(tokens(j, path, arena, c));
-  return init_name(j, path, arena, c);
+  return tokens(j, path, arena, c);
 }
 
 esp_status esp_adapter_cfg_load(const char *dir, esp_arena *arena, esp_adapter_cfg *out) {
@@ -192,7 +151,9 @@ esp_status esp_adapter_cfg_load(const char *dir, esp_arena *arena, esp_adapter_c
     st = esp_fail(ESP_ERR_DATA, "%s: peft_type '%s' is not supported", path, type);
     goto out;
   }
-  if (strcmp(out->type, "lora") == 0) ESP_GOTO(parse_lora(j, path, arena, out));
+  const esp_adapter_kind *kind = esp_adapter_find(out->type);
+  if (kind->targets) ESP_GOTO(parse_common(j, path, arena, out));
+  if (kind->config_read) ESP_GOTO(kind->config_read(j, path, arena, out));
 out:
   json_decref(j);
   return st;

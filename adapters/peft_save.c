@@ -42,41 +42,9 @@ float *esp_param_host(const esp_adapter *a, int index) {
   return y;
 }
 
-static json_t *json_number(double x) {
-  return x == floor(x) && fabs(x) < 1e15 ? json_integer((json_int_t)x) : json_real(x);
-}
-
 static json_t *json_list(const char *const *list, int n) {
   json_t *j = json_array();
   for (int i = 0; i < n; i++) json_array_append_new(j, json_string(list[i]));
-  return j;
-}
-
-static int by_key(const void *x, const void *y) {
-  return strcmp(((const esp_pattern *)x)->key, ((const esp_pattern *)y)->key);
-}
-
-/* The file's keys are sorted, and the first that matches counts: where sorting would change a value, the exact paths
- * are written in the place of the patterns. */
-static json_t *json_patterns(const esp_adapter *a, const esp_pattern *list, int n, double fallback, double factor) {
-  json_t *j = json_object();
-  esp_site **sites;
-  int n_sites = esp_model_sites(a->model, &sites);
-  esp_pattern *sorted = esp_mem_alloc(ESP_MEM_HOST, (size_t)(n + 1) * sizeof *sorted);
-  bool same = true;
-  if (sorted) {
-    if (n) memcpy(sorted, list, (size_t)n * sizeof *sorted);
-    qsort(sorted, (size_t)n, sizeof *sorted, by_key);
-    for (int i = 0; i < n_sites && same; i++)
-      same = !a->targeted[i] || esp_pattern_value(list, n, sites[i]->path, fallback) ==
-                                    esp_pattern_value(sorted, n, sites[i]->path, fallback);
-  }
-  esp_mem_free(sorted);
-  for (int i = 0; i < n && same; i++) json_object_set_new(j, list[i].key, json_number(list[i].value * factor));
-  for (int i = 0; i < n_sites && !same; i++) {
-    double value = esp_pattern_value(list, n, sites[i]->path, fallback);
-    if (a->targeted[i] && value != fallback) json_object_set_new(j, sites[i]->path, json_number(value * factor));
-  }
   return j;
 }
 
@@ -103,61 +71,33 @@ static json_t *json_targets(const esp_adapter *a) {
   return j;
 }
 
-static json_t *lora_config(const esp_adapter *a, bool converted) {
+/* What the file of every kind with targets holds. */
+static json_t *common_config(const esp_adapter *a) {
   const esp_adapter_cfg *c = &a->cfg;
-  double rank_factor = converted ? 2 : 1, alpha_factor = converted ? (c->rslora ? sqrt(2.0) : 2) : 1;
   json_t *j = json_object();
-  static const char *const nulls[] = {"alora_invocation_tokens",
-                                      "arrow_config",
-                                      "auto_mapping",
-                                      "corda_config",
-                                      "eva_config",
-                                      "kasa_config",
-                                      "layer_replication",
-                                      "lora_ga_config",
-                                      "megatron_config",
-                                      "monteclora_config",
-                                      "revision",
-                                      "target_parameters",
-                                      "use_bdlora",
-                                      "velora_config"};
-  for (size_t i = 0; i < sizeof nulls / sizeof nulls[0]; i++) json_object_set_new(j, nulls[i], json_null());
-  json_object_set_new(j, "alpha_pattern",
-                      json_patterns(a, c->alpha_pattern, c->n_alpha_pattern, c->alpha, alpha_factor));
+  json_object_set_new(j, "auto_mapping", json_null());
   json_object_set_new(j, "base_model_name_or_path", json_string(esp_model_dir(a->model)));
+  json_object_set_new(j, "inference_mode", json_true());
+  json_object_set_new(j, "peft_type", json_string(a->kind->peft_type));
+  json_object_set_new(j, "peft_version", json_string(PEFT_VERSION));
+  json_object_set_new(j, "revision", json_null());
+  json_object_set_new(j, "task_type", json_string("CAUSAL_LM"));
+  if (!a->kind->targets) return j;
   json_object_set_new(j, "bias", json_string(c->bias));
-  json_object_set_new(j, "ensure_weight_tying", json_false());
   json_object_set_new(j, "exclude_modules",
                       c->exclude_regex ? json_string(c->exclude_regex)
                                        : (c->n_exclude ? json_list(c->exclude, c->n_exclude) : json_null()));
-  json_object_set_new(j, "fan_in_fan_out", json_boolean(esp_model_describe(a->model)->transposed));
-  json_object_set_new(j, "inference_mode", json_true());
-  bool named = !converted && strcmp(c->init, "default") != 0;
-  json_object_set_new(j, "init_lora_weights", named ? json_string(c->init) : json_true());
   json_t *layers = c->n_layers ? json_array() : json_null();
   for (int i = 0; i < c->n_layers; i++) json_array_append_new(layers, json_integer(c->layers[i]));
   json_object_set_new(j, "layers_to_transform", layers);
   json_object_set_new(j, "layers_pattern",
                       c->layers_pattern && c->layers_pattern[0] ? json_string(c->layers_pattern) : json_null());
-  json_object_set_new(j, "loftq_config", json_object());
-  json_object_set_new(j, "lora_alpha", json_number(c->alpha * alpha_factor));
-  json_object_set_new(j, "lora_bias", json_boolean(c->lora_bias));
-  json_object_set_new(j, "lora_dropout", json_real(c->dropout));
-  json_object_set_new(j, "megatron_core", json_string("megatron.core"));
   json_object_set_new(j, "modules_to_save",
                       c->n_modules_to_save ? json_list(c->modules_to_save, c->n_modules_to_save) : json_null());
-  json_object_set_new(j, "qalora_group_size", json_integer(16));
-  json_object_set_new(j, "r", json_integer((json_int_t)(c->r * (int64_t)rank_factor)));
-  json_object_set_new(j, "rank_pattern",
-                      json_patterns(a, c->rank_pattern, c->n_rank_pattern, (double)c->r, rank_factor));
   json_object_set_new(j, "target_modules", json_targets(a));
-  json_object_set_new(j, "task_type", json_string("CAUSAL_LM"));
   json_t *tokens = c->n_trainable_tokens ? json_array() : json_null();
   for (int i = 0; i < c->n_trainable_tokens; i++) json_array_append_new(tokens, json_integer(c->trainable_tokens[i]));
   json_object_set_new(j, "trainable_token_indices", tokens);
-  json_object_set_new(j, "use_dora", json_false());
-  json_object_set_new(j, "use_qalora", json_false());
-  json_object_set_new(j, "use_rslora", json_boolean(c->rslora));
   return j;
 }
 
@@ -265,15 +205,8 @@ out:
 esp_status esp_adapter_save(const esp_adapter *a, const char *dir) {
   char staged[4096], path[4200];
   esp_status st = ESP_OK;
-  bool converted = a->kind == &esp_kind_lora && esp_lora_rewrites_base(a->cfg.init);
-  json_t *j = a->kind == &esp_kind_lora ? lora_config(a, converted) : json_object();
-  json_object_set_new(j, "peft_type", json_string(a->kind->peft_type));
-  json_object_set_new(j, "peft_version", json_string(PEFT_VERSION));
-  if (a->kind != &esp_kind_lora) {
-    json_object_set_new(j, "base_model_name_or_path", json_string(esp_model_dir(a->model)));
-    json_object_set_new(j, "inference_mode", json_true());
-    json_object_set_new(j, "task_type", json_string("CAUSAL_LM"));
-  }
+  json_t *j = common_config(a);
+  if (a->kind->config_write) a->kind->config_write(a, j);
   staged[0] = 0;
   ESP_GOTO(esp_dir_stage(dir, staged, sizeof staged));
   ESP_GOTO(write_tensors(a, esp_path_join(path, sizeof path, staged,

@@ -58,8 +58,9 @@ void esp_optim_step(esp_optim *o, double lr, float grad_scale) {
   for (int i = 0; i < ps->count;) {
     const esp_param *p = &ps->list[i];
     int j = i + 1;
+    bool rates = o->cfg.lora_plus_ratio > 0; /* else every group learns at the same rate */
     while (j < ps->count && ps->list[j].decay == p->decay && ps->list[j].frozen == p->frozen &&
-           ps->list[j].group == p->group)
+           (!rates || ps->list[j].group == p->group))
       j++;
     if (!p->frozen) {
       int64_t end = ps->list[j - 1].offset + ps->list[j - 1].numel;

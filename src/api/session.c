@@ -218,7 +218,7 @@ esp_status esp_session_step(esp_session *s, const esp_example *list, int n, esp_
   ESP_GOTO(esp_backend_sync(s->engine.be));
   r.step = ++s->step;
   const esp_adapter_kind *kind = s->engine.adapter->kind;
-  if (kind->after_step) kind->after_step(s->engine.adapter, s->step, s->step);
+  if (kind->after_step) ESP_TRY(kind->after_step(s->engine.adapter, s->step, s->step));
   r.seconds = esp_now() - began;
   if (out) *out = r;
 out:

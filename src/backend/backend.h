@@ -126,6 +126,16 @@ typedef struct esp_update_args {
   float grad_scale; /* clipping */
 } esp_update_args;
 
+/* A sparse matrix by rows; everything in backend memory. Entry k has the value values[order[k]] (order NULL:
+ * values[k]), so that a matrix and its transpose share one array of values. */
+typedef struct esp_csr {
+  int64_t rows, entries;
+  const int32_t *start; /* [rows+1] */
+  const int32_t *index; /* [entries], the column */
+  const int32_t *order; /* [entries] or NULL */
+  const float *values;  /* [entries] */
+} esp_csr;
+
 typedef struct esp_backend_stats {
   double flops, bytes; /* floating-point operations; bytes read + written */
   int64_t launches;
@@ -204,8 +214,30 @@ typedef struct esp_backend_ops {
 
   /* elementwise, rows, reductions. Any mix of bf16 and fp32. */
   void (*axpby)(esp_backend *be, esp_tensor y, float a, esp_tensor x,
-                float b);                                                      /* y = a*x + b*y; b == 0 never reads y */
-  void (*mul_cols)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v); /* y[t,j] = x[t,j] * v[j] */
+                float b); /* y = a*x + b*y; b == 0 never reads y */
+  /* Parts of adapter kinds. Any mix of bf16 and fp32 where nothing else is said; views allowed; beta 0 never reads. */
+  void (*mul)(esp_backend *be, esp_tensor y, esp_tensor a, esp_tensor b, float beta); /* y = a*b + beta*y */
+  void (*mul_rows)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v,
+                   float beta);                                                         /* y[t,:] = x[t,:]*v[t] + .. */
+  void (*col_dot)(esp_backend *be, float *out, esp_tensor a, esp_tensor b);             /* out[j] += sum_t a b */
+  void (*row_dot)(esp_backend *be, float *out, esp_tensor a, esp_tensor b, float beta); /* out[t] = sum_j a b + .. */
+  /* x [T, G*p], y [T, G*q], m: G blocks stacked by rows, [G*p, q], or [G*q, p] when `trans`; `shared`: one block for
+   * all. y_g = alpha x_g op(m_g) + beta y_g.  block_grad: dm_g += alpha x_g^T dy_g (fp32 dm; summed over g when
+   * shared). */
+  void (*block_matmul)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,
+                       float alpha, float beta);
+  void (*block_grad)(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared, float alpha);
+  void (*block_inverse)(esp_backend *be, esp_tensor inv, esp_tensor m, int blocks); /* fp32 [G*n, n]; no pivoting */
+  /* Each row as [a, b] becomes [b, a]. y must not overlap x. */
+  void (*transpose_rows)(esp_backend *be, esp_tensor y, esp_tensor x, int64_t a, int64_t b);
+  /* y[i, p*cols(z)+q] = x[i,p] z[i,q];  dx, dz (fp32, added to; data NULL: skip) from dy. */
+  void (*khatri_rao)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor z);
+  void (*khatri_rao_bwd)(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z);
+  /* y[t, r] += sum over the entries k of row r of value(k) x[t, index[k]];  sparse_grad: dvalue(k) += sum_t dy[t, r]
+   * x[t, index[k]]. */
+  void (*sparse_matmul)(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s);
+  void (*sparse_grad)(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s);
+  void (*mul_cols)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v);            /* y[t,j] = x[t,j] * v[j] */
   void (*gather_rows)(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows);  /* y[i] = x[rows[i]] */
   void (*scatter_rows)(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows); /* y[rows[i]] = x[i] */
   /* y = x * mask/(1-p) + beta*y; mask element e = draw e of (esp_draw_seed(seed, *draw), stream). Element index =

@@ -186,6 +186,8 @@ static esp_status one_step(esp_loop *l, const esp_recipe_task *t, const esp_pack
   double began = esp_now(), lr = learning_rate(l, t, task_steps);
   esp_step_in in = {.packs = packs,
                     .most = l->plan.task[at->task].max_tokens,
+                    .task_step = at->task_step,
+                    .task_steps = task_steps,
                     .epoch_step = at->epoch_step,
                     .micro_batch = t->train.micro_batch_size,
                     .accumulate = t->train.gradient_accumulation_steps,
@@ -198,7 +200,7 @@ static esp_status one_step(esp_loop *l, const esp_recipe_task *t, const esp_pack
   ESP_TRY(with_checkpoint(l, esp_train_step(&l->engine, &in, &l->rows, &out)));
   at->step++, at->task_step++, at->epoch_step++;
   esp_adapter *a = l->engine.adapter;
-  if (a->kind->after_step) a->kind->after_step(a, at->task_step, task_steps);
+  if (a->kind->after_step) ESP_TRY(esp_comm_agree(l->comm, a->kind->after_step(a, at->task_step, task_steps)));
   double share = (double)at->epoch + (double)at->epoch_step / (double)epoch_steps;
   ESP_TRY(with_checkpoint(l, after_step(l, t, task_steps, &out, lr, esp_now() - began, share)));
   *stop = out.stop || (l->comm->size == 1 && esp_stop_requested()) ||
@@ -254,7 +256,7 @@ static esp_status end_task(esp_loop *l, int task) {
   const esp_recipe_task *t = &l->r->tasks[task];
   char path[ESP_PATH], base[ESP_PATH], rel[ESP_PATH], merged[ESP_PATH];
   esp_adapter *a = l->engine.adapter;
-  if (a->kind->task_end) a->kind->task_end(a);
+  if (a->kind->task_end) ESP_TRY(esp_comm_agree(l->comm, a->kind->task_end(a, task)));
   ESP_TRY(esp_comm_agree(l->comm, l->comm->rank == 0 ? finish_background(l) : ESP_OK));
   ESP_TRY(esp_loop_save_adapter(l, "adapters", t->name, path));
   ESP_TRY(esp_loop_matrix_row(l, task + 1));

@@ -86,6 +86,7 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   double before = e->be->stats.flops;
   esp_step_in in = {.packs = packs,
                     .most = c->max_tokens,
+                    .task_steps = c->steps,
                     .micro_batch = t->train.micro_batch_size,
                     .accumulate = t->train.gradient_accumulation_steps,
                     .lr = t->optim.lr,

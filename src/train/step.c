@@ -94,6 +94,8 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
   if (!counting && !isfinite(out->loss))
     return esp_fail(ESP_ERR_DIVERGED, "step %lld: the loss is %s", (long long)in->step + 1,
                     isnan(out->loss) ? "not a number" : "infinite");
+  const esp_adapter_kind *kind = e->adapter->kind;
+  if (kind->before_step) out->penalty = kind->before_step(e->adapter, in->task_step, in->task_steps);
   out->grad_norm = esp_optim_grad_norm(e->optim);
   ESP_TRY(esp_backend_sync(e->be));
   if (!counting && !isfinite(out->grad_norm))

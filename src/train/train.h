@@ -74,6 +74,7 @@ void esp_engine_parameters(const esp_engine *e, int64_t *trainable, int64_t *tot
 /* ---- one optimizer step ---- */
 typedef struct esp_step_out {
   double loss, accuracy, grad_norm, weight;
+  double penalty; /* of the adapter kind, beside the loss */
   int64_t tokens; /* all ranks, padding excluded */
   bool stop;      /* some rank was asked to stop */
 } esp_step_out;
@@ -83,7 +84,8 @@ typedef struct esp_step_in {
   int64_t micro_batch, accumulate;
   int64_t most; /* tokens of the task's largest micro-batch, padded (esp_task_steps.max_tokens) */
   int64_t step; /* of the run, 0-based: keys dropout */
-  double lr;    /* scheduled */
+  int64_t task_step, task_steps;
+  double lr; /* scheduled */
   esp_ckpt_mode ckpt;
   uint64_t seed;
   esp_status failed; /* this rank cannot go on (its message is set): the step carries that to the others */
