@@ -11,14 +11,25 @@ foreach(name IN LISTS ESP_CUDA_SUITES)
   if(TARGET espalier-cuda-sim)
     add_test(NAME ${name}_cuda_sim COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
     set_tests_properties(${name}_cuda_sim PROPERTIES LABELS simcuda TIMEOUT 900 ENVIRONMENT
-      "ESP_TEST_BACKEND=cuda;ESP_TEST_QUICK=1;ESPALIER_CUDA_PLUGIN=$<TARGET_FILE:espalier-cuda-sim>")
+      "ESP_TEST_BACKEND=cuda;ESP_TEST_QUICK=1;XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/cache;ESPALIER_CUDA_PLUGIN=$<TARGET_FILE:espalier-cuda-sim>")
     add_dependencies(${name} espalier-cuda-sim)
   endif()
   if(TARGET espalier-cuda)
     add_test(NAME ${name}_gpu COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
     set_tests_properties(${name}_gpu PROPERTIES LABELS gpu TIMEOUT 600 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu ENVIRONMENT
-      "ESP_TEST_BACKEND=cuda;ESP_TEST_SKIP=1;ESPALIER_CUDA_PLUGIN=$<TARGET_FILE:espalier-cuda>")
+      "ESP_TEST_BACKEND=cuda;ESP_TEST_SKIP=1;XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/cache;ESPALIER_CUDA_PLUGIN=$<TARGET_FILE:espalier-cuda>")
     add_dependencies(${name} espalier-cuda)
+  endif()
+endforeach()
+
+# What cuDNN takes by itself is also the own kernels'.
+foreach(on cuda_sim gpu)
+  if(TEST test_backend_attention_${on})
+    get_test_property(test_backend_attention_${on} ENVIRONMENT env)
+    get_test_property(test_backend_attention_${on} LABELS labels)
+    add_test(NAME test_backend_attention_own_${on} COMMAND test_backend_attention WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
+    set_tests_properties(test_backend_attention_own_${on} PROPERTIES LABELS ${labels} TIMEOUT 600 SKIP_RETURN_CODE 77
+                         ENVIRONMENT "${env};ESPALIER_CUDA_ATTENTION=flash")
   endif()
 endforeach()
 

@@ -1,6 +1,6 @@
 /* mirror.c: see mirror.h. Each operation is one call: list its operands as ranges of host memory, join the ranges that
  * overlap (an operand that lies over another does so on the device as well), copy, translate the pointers, run, sync,
- * compare and copy back. Seen to catch: esp_cuda_scatter_rows writing one element past a row (`j <= cols`). */
+ * compare and copy back. Seen to catch: copy_rows_kernel storing the scaled row to its source as well. */
 #include "ops/mirror.h"
 
 #include <setjmp.h>
