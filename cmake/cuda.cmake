@@ -53,6 +53,7 @@ esp_cuda_host_flags(espalier-cuda)
 target_include_directories(espalier-cuda PRIVATE ${CMAKE_SOURCE_DIR}/include ${CMAKE_SOURCE_DIR}/src ${CMAKE_SOURCE_DIR})
 target_include_directories(espalier-cuda SYSTEM PRIVATE ${ESP_CUDNN_INCLUDE} ${ESP_NCCL_INCLUDE})
 set_target_properties(espalier-cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin CUDA_STANDARD 17
-                                               CUDA_STANDARD_REQUIRED ON LINKER_LANGUAGE CUDA)
+                                               CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden LINKER_LANGUAGE CUDA)
+target_compile_options(espalier-cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings;-Xcompiler=-Wall,-Wextra,-Wno-unused-parameter>")
 target_link_libraries(espalier-cuda PRIVATE CUDA::cudart ${ESP_CUBLASLT})
 install(TARGETS espalier-cuda LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/espalier)
