@@ -11,7 +11,8 @@
 extern "C" {
 #endif
 
-enum { ESP_PLUGIN_ABI = 1 };
+/* The tables that both sides share, by their sizes: a plug-in of another build is told from its own. */
+enum { ESP_PLUGIN_ABI = 1 << 24 | (int)sizeof(esp_backend) << 12 | (int)sizeof(esp_backend_ops) };
 /* Device memory that a context, cuBLASLt's and cuDNN's modules and the kernels take before anything of ours. */
 #define ESP_CUDA_OVERHEAD ((int64_t)640 << 20)
 
