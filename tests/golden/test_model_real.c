@@ -160,7 +160,7 @@ static void test_stories_nll(void **state) {
   FX_OK(esp_json_load(DATA "golden/tinystories_nll.json", &j));
   for (size_t k = 0; k < sizeof decoders / sizeof *decoders; k++) {
     const json_t *g = json_object_get(j, decoders[k]);
-    if (test_quick() && k > 0) break; /* the recorded mean is over 40 stories: one model in a simulation, minutes more */
+    if (test_quick() && k > 0) break; /* a mean over 40 stories: a minute of the simulation for each model */
     int64_t predicted;
     double want = json_number_value(json_object_get(g, "nll_per_token"));
     double got = stories_nll(decoders[k], json_integer_value(json_object_get(g, "max_tokens_per_story")),
