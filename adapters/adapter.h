@@ -39,6 +39,8 @@ typedef struct esp_adapter_cfg {
   const int32_t *trainable_tokens; /* rows of the input embedding that are trained */
   int n_trainable_tokens;
   uint64_t seed;
+  /* layers */
+  int64_t top_layers; /* the last so many blocks; 0: those of `layers` */
 } esp_adapter_cfg;
 
 typedef struct esp_adapter esp_adapter;
@@ -52,6 +54,11 @@ typedef struct esp_adapter_kind {
   bool targets;    /* reads target, exclude, layers; false: `full` and `none` */
   bool whole_base; /* every weight of the base is a trained parameter (`full`) */
   bool on_host;    /* its hooks do work on the host in each pass: a pass is then never replayed from a recording */
+
+  /* Optional. open: before anything is declared: checks that need the base; may declare parameters that belong to no
+   * site. trains: the module is trained in full, as if modules_to_save named it. */
+  esp_status (*open)(esp_adapter *a);
+  bool (*trains)(const esp_adapter *a, const esp_site *s);
 
   /* Declares the parameters of one group: called once per group that has targeted sites, in model order, so that a
    * kind may place parameters of neighbouring sites back to back (stacked products). `hit[i]`: site i is targeted. */

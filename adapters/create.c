@@ -64,7 +64,7 @@ static esp_status check_cfg(const esp_adapter_kind *kind, esp_adapter_cfg *cfg) 
     return esp_fail(ESP_ERR_RECIPE, "adapter.bias: '%s' is not one of none, all, lora_only", cfg->bias);
   for (int i = 0; i < cfg->n_modules_to_save; i++)
     ESP_TRY(esp_regex_check("adapter.modules_to_save", cfg->modules_to_save[i]));
-  if (!kind->targets) return ESP_OK;
+  if (!kind->targets) return kind->config_check ? kind->config_check(cfg) : ESP_OK;
   if (cfg->r < 1) return esp_fail(ESP_ERR_RECIPE, "adapter.rank: must be at least 1, is %lld", (long long)cfg->r);
   if (!(cfg->dropout >= 0 && cfg->dropout < 1))
     return esp_fail(ESP_ERR_RECIPE, "adapter.dropout: must be in [0, 1), is %g", cfg->dropout);
@@ -142,6 +142,7 @@ esp_status esp_adapter_build(esp_model *m, const esp_adapter_cfg *cfg, const cha
   if (st) goto out;
   ESP_GOTO(esp_params_create(esp_model_backend(m), &a->params));
   ESP_GOTO(esp_train_modules_create(a));
+  if (kind->open) ESP_GOTO(kind->open(a));
   if (kind->targets) {
     ESP_GOTO(esp_target_resolve(a, !loading));
     ESP_GOTO(declare_all(a));

@@ -152,7 +152,7 @@ esp_status esp_adapter_cfg_load(const char *dir, esp_arena *arena, esp_adapter_c
     goto out;
   }
   const esp_adapter_kind *kind = esp_adapter_find(out->type);
-  if (kind->targets) ESP_GOTO(parse_common(j, path, arena, out));
+  if (kind->targets || kind->trains) ESP_GOTO(parse_common(j, path, arena, out));
   if (kind->config_read) ESP_GOTO(kind->config_read(j, path, arena, out));
 out:
   json_decref(j);

@@ -82,7 +82,7 @@ static json_t *common_config(const esp_adapter *a) {
   json_object_set_new(j, "peft_version", json_string(PEFT_VERSION));
   json_object_set_new(j, "revision", json_null());
   json_object_set_new(j, "task_type", json_string("CAUSAL_LM"));
-  if (!a->kind->targets) return j;
+  if (!a->kind->targets && !a->kind->trains) return j;
   json_object_set_new(j, "bias", json_string(c->bias));
   json_object_set_new(j, "exclude_modules",
                       c->exclude_regex ? json_string(c->exclude_regex)

@@ -51,7 +51,7 @@ esp_status esp_mark_transposed(esp_adapter *a, int index) {
 }
 
 static bool wants_weight(const esp_adapter *a, const esp_site *s) {
-  return a->kind->whole_base || esp_saved_in_full(&a->cfg, s->path);
+  return a->kind->whole_base || (a->kind->trains && a->kind->trains(a, s)) || esp_saved_in_full(&a->cfg, s->path);
 }
 
 static bool wants_bias(const esp_adapter *a, const esp_site *s) {

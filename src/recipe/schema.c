@@ -67,6 +67,8 @@ static const esp_key adapter_keys[] = {
     {"trainable_tokens", ESP_T_INTS, LIST(adapter.trainable_tokens, adapter.n_trainable_tokens), .def = "[]",
      RANGE(0, 2147483647), .aliases = "trainable_token_indices peft_trainable_token_indices",
      .help = "token ids whose rows of the input embedding are trained"},
+    {"top_layers", ESP_T_INT, AT(adapter.top_layers), .def = "0", RANGE(0, 100000),
+     .help = "layers: the last so many blocks are trained; 0: those that `layers` names"},
 };
 
 static const esp_key data_keys[] = {
