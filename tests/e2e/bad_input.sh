@@ -186,6 +186,10 @@ bad "layer that is not there" 2 "layers" $no run r.yaml 'adapter.layers=[7]'
 bad "module both targeted and saved" 2 "modules_to_save" $no run r.yaml 'adapter.modules_to_save=[q_proj]'
 bad "saved module matches nothing" 2 "modules_to_save.*headd|headd" $no run r.yaml 'adapter.modules_to_save=[headd]'
 bad "token beyond the vocabulary" 2 "trainable_tokens.*9999|9999" $no run r.yaml 'adapter.trainable_tokens=[9999]'
+bad "layers without any" 2 "adapter.top_layers: the kind layers needs top_layers or layers" $no run r.yaml adapter.type=layers
+bad "layers said twice" 2 "adapter.top_layers: layers was given too" $no run r.yaml adapter.type=layers adapter.top_layers=1 'adapter.layers=[0]'
+bad "more top layers than there are" 2 "adapter.top_layers: 9, the base has 2 layers" $no run r.yaml adapter.type=layers adapter.top_layers=9
+bad "a trained layer that is not there" 2 "adapter.layers: there is no layer 5, the base has 2" $no run r.yaml adapter.type=layers 'adapter.layers=[5]'
 bad "adapter missing" 3 "noadapter" $no eval r.yaml -a noadapter
 bad "adapter_config.json missing" 3 "adapter_config.json" "rm $ad/adapter_config.json" eval r.yaml -a $ad
 bad "adapter_config.json not JSON" 3 "adapter_config.json:[0-9]+" "replace $ad/adapter_config.json '{'" eval r.yaml -a $ad
