@@ -481,6 +481,8 @@ static void update(esp_backend *be, const esp_update_args *args) {
   end(&c);
 }
 
+#include "ops/mirror_kinds.h"
+
 /* ---- memory: the host's ---- */
 static void *host_alloc(esp_backend *be, int64_t bytes) {
   (void)be;
@@ -558,6 +560,7 @@ esp_status mirror_create(esp_backend *real, esp_backend **out) {
                              .col_sum = col_sum,
                              .dot = dot,
                              .update = update};
+  add_kinds(&m->ops, real->ops);
   be->ops = &m->ops;
   be->impl = m;
   be->on_host = true;
