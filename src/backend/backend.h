@@ -215,26 +215,31 @@ typedef struct esp_backend_ops {
   /* elementwise, rows, reductions. Any mix of bf16 and fp32. */
   void (*axpby)(esp_backend *be, esp_tensor y, float a, esp_tensor x,
                 float b); /* y = a*x + b*y; b == 0 never reads y */
-  /* Parts of adapter kinds. Any mix of bf16 and fp32 where nothing else is said; views allowed; beta 0 never reads. */
+  /* Parts of adapter kinds. Any mix of bf16 and fp32 where nothing else is said; views allowed; beta 0 never reads.
+   * What is written may be the same view as an operand of the same type in mul, mul_rows and block_inverse, and
+   * overlaps no operand elsewhere. */
   void (*mul)(esp_backend *be, esp_tensor y, esp_tensor a, esp_tensor b, float beta); /* y = a*b + beta*y */
-  void (*mul_rows)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v,
-                   float beta);                                                         /* y[t,:] = x[t,:]*v[t] + .. */
+  /* y[t,:] = x[t,:]*v[t] + beta*y;  v: [T], or a column [T, 1] with a stride. row_dot and col_dot are its backward and
+   * that of mul_cols. */
+  void (*mul_rows)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v, float beta);
   void (*col_dot)(esp_backend *be, float *out, esp_tensor a, esp_tensor b);             /* out[j] += sum_t a b */
   void (*row_dot)(esp_backend *be, float *out, esp_tensor a, esp_tensor b, float beta); /* out[t] = sum_j a b + .. */
   /* x [T, G*p], y [T, G*q], m: G blocks stacked by rows, [G*p, q], or [G*q, p] when `trans`; `shared`: one block for
-   * all. y_g = alpha x_g op(m_g) + beta y_g.  block_grad: dm_g += alpha x_g^T dy_g (fp32 dm; summed over g when
-   * shared). */
+   * all. y_g = alpha x_g op(m_g) + beta y_g, so that dx = block_matmul(dy, m, !trans).  block_grad: dm_g += alpha x_g^T
+   * dy_g (fp32 dm [G*p, q]; summed over g when shared; of a transposed m: exchange x and dy). */
   void (*block_matmul)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,
                        float alpha, float beta);
   void (*block_grad)(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared, float alpha);
-  void (*block_inverse)(esp_backend *be, esp_tensor inv, esp_tensor m, int blocks); /* fp32 [G*n, n]; no pivoting */
-  /* Each row as [a, b] becomes [b, a]. y must not overlap x. */
+  /* fp32 [G*n, n]; without pivoting: for blocks whose symmetric part is positive definite (I + skew, say). */
+  void (*block_inverse)(esp_backend *be, esp_tensor inv, esp_tensor m, int blocks);
+  /* Each row as [a, b] becomes [b, a]. Its backward is transpose_rows(b, a). */
   void (*transpose_rows)(esp_backend *be, esp_tensor y, esp_tensor x, int64_t a, int64_t b);
   /* y[i, p*cols(z)+q] = x[i,p] z[i,q];  dx, dz (fp32, added to; data NULL: skip) from dy. */
   void (*khatri_rao)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor z);
   void (*khatri_rao_bwd)(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z);
-  /* y[t, r] += sum over the entries k of row r of value(k) x[t, index[k]];  sparse_grad: dvalue(k) += sum_t dy[t, r]
-   * x[t, index[k]]. */
+  /* y[t, r] += sum over the entries k of row r of value(k) x[t, index[k]]  (y [T, rows], x [T, columns]);  sparse_grad:
+   * the gradient of value(k), where it lies, += sum_t dy[t, r] x[t, index[k]]. dx = sparse_matmul(dy) with the
+   * transpose. */
   void (*sparse_matmul)(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s);
   void (*sparse_grad)(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s);
   void (*mul_cols)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v);            /* y[t,j] = x[t,j] * v[j] */

@@ -6,6 +6,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/gemm.h"
+#include "backend/cpu/ops.h"
 #include "backend/cpu/work.h"
 #include "backend/cuda/need.h"
 #include "core/cpu.h"
@@ -296,6 +297,64 @@ static void axpby(esp_backend *be, esp_tensor y, float a, esp_tensor x, float b)
 static void mul_cols(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v) {
   add(be, numel(y), bytes_of(x) + bytes_of(y) + bytes_of(v));
 }
+static void mul(esp_backend *be, esp_tensor y, esp_tensor a, esp_tensor b, float beta) {
+  add(be, 2 * numel(y), bytes_of(a) + bytes_of(b) + bytes_of(y) * (beta != 0 ? 2 : 1));
+}
+static void mul_rows(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v, float beta) {
+  add(be, 2 * numel(y), bytes_of(x) + bytes_of(v) + bytes_of(y) * (beta != 0 ? 2 : 1));
+}
+static void col_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b) {
+  (void)out;
+  if (models_cuda(be)) work(be, esp_cuda_need_col_sum(esp_tensor_rows(&a), esp_tensor_cols(&a), 1));
+  add(be, 2 * numel(a), bytes_of(a) + bytes_of(b) + 8 * (double)esp_tensor_cols(&a));
+}
+static void row_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b, float beta) {
+  (void)out;
+  add(be, 2 * numel(a), bytes_of(a) + bytes_of(b) + (beta != 0 ? 8 : 4) * (double)esp_tensor_rows(&a));
+}
+static void block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,
+                         float alpha, float beta) {
+  add(be, 2 * numel(y) * (double)(esp_tensor_cols(&x) / blocks),
+      bytes_of(x) + bytes_of(m) + bytes_of(y) * (beta != 0 ? 2 : 1));
+  if (models_cuda(be)) return;
+  esp_gemm_need old = products_begin(be);
+  esp_cpu_block_matmul(be, y, x, m, blocks, shared, trans, alpha, beta);
+  products_end(be, old);
+}
+static void block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
+                       float alpha) {
+  add(be, 2 * numel(x) * (double)(esp_tensor_cols(&dy) / blocks), bytes_of(x) + bytes_of(dy) + 2 * bytes_of(dm));
+  if (models_cuda(be)) return;
+  esp_gemm_need old = products_begin(be);
+  esp_cpu_block_grad(be, dm, x, dy, blocks, shared, alpha);
+  products_end(be, old);
+}
+static void block_inverse(esp_backend *be, esp_tensor inv, esp_tensor m, int blocks) {
+  (void)blocks;
+  add(be, 2 * numel(m) * (double)esp_tensor_cols(&m), bytes_of(m) + bytes_of(inv));
+}
+static void transpose_rows(esp_backend *be, esp_tensor y, esp_tensor x, int64_t a, int64_t b) {
+  (void)a, (void)b;
+  add(be, 0, bytes_of(x) + bytes_of(y));
+}
+static void khatri_rao(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor z) {
+  add(be, numel(y), bytes_of(x) + bytes_of(z) + bytes_of(y));
+}
+static void khatri_rao_bwd(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z) {
+  add(be, 2 * numel(dy) * ((dx.data != NULL) + (dz.data != NULL)),
+      bytes_of(dy) + bytes_of(x) + bytes_of(z) + 2 * bytes_of(dx) + 2 * bytes_of(dz));
+}
+static double csr_bytes(const esp_csr *s) {
+  return 4 * (double)s->rows + (s->order ? 12 : 8) * (double)s->entries;
+}
+static void sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s) {
+  add(be, 2 * (double)esp_tensor_rows(&x) * (double)s->entries, bytes_of(x) + 2 * bytes_of(y) + csr_bytes(s));
+}
+static void sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s) {
+  (void)dvalues;
+  add(be, 2 * (double)esp_tensor_rows(&x) * (double)s->entries,
+      bytes_of(x) + bytes_of(dy) + csr_bytes(s) + 4 * (double)s->entries);
+}
 static void gather_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows) {
   (void)x, (void)rows;
   add(be, 0, 2 * bytes_of(y));
@@ -363,6 +422,18 @@ static const esp_backend_ops ops = {
     .act_bwd = act_bwd,
     .cross_entropy = cross_entropy,
     .axpby = axpby,
+    .mul = mul,
+    .mul_rows = mul_rows,
+    .col_dot = col_dot,
+    .row_dot = row_dot,
+    .block_matmul = block_matmul,
+    .block_grad = block_grad,
+    .block_inverse = block_inverse,
+    .transpose_rows = transpose_rows,
+    .khatri_rao = khatri_rao,
+    .khatri_rao_bwd = khatri_rao_bwd,
+    .sparse_matmul = sparse_matmul,
+    .sparse_grad = sparse_grad,
     .mul_cols = mul_cols,
     .gather_rows = gather_rows,
     .scatter_rows = scatter_rows,

@@ -16,6 +16,11 @@ static void k_update(const esp_update_args *a, int64_t e0, int64_t e1) {
     } else if (a->rule == ESP_RULE_SGD) {
       float *restrict m = a->state[0] + b;
       for (int64_t i = 0; i < n; i++) p[i] = esp_rule_sgd(p[i], gs * g[i], &m[i], h);
+    } else if (a->rule == ESP_RULE_SENSITIVITY) {
+      float *restrict m = a->state[0] + b, *restrict v = a->state[1] + b;
+      for (int64_t i = 0; i < n; i++) p[i] = esp_rule_sensitivity(p[i], gs * g[i], &m[i], &v[i], h);
+    } else if (a->rule == ESP_RULE_SHRINK) {
+      for (int64_t i = 0; i < n; i++) p[i] = esp_rule_shrink(p[i], h);
     }
     if (a->shadow) {
       if (a->shadow_dtype == ESP_BF16)

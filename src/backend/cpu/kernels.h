@@ -41,6 +41,14 @@ typedef struct esp_kernels {
   void (*update)(const esp_update_args *a, int64_t e0, int64_t e1);
   /* weight * nll of row r, and everything else that esp_ce_args asks of it */
   double (*cross_entropy)(const esp_ce_args *a, int64_t r, double *hit);
+  /* parts of adapter kinds: rows, but for col_dot (columns, all rows in order) */
+  void (*mul)(esp_tensor y, esp_tensor a, esp_tensor b, float beta, int64_t r0, int64_t r1);
+  void (*mul_rows)(esp_tensor y, esp_tensor x, esp_tensor v, float beta, int64_t r0, int64_t r1);
+  void (*col_dot)(float *out, esp_tensor a, esp_tensor b, int64_t c0, int64_t c1);
+  void (*row_dot)(float *out, esp_tensor a, esp_tensor b, float beta, int64_t r0, int64_t r1);
+  void (*khatri_rao)(esp_tensor y, esp_tensor x, esp_tensor z, int64_t r0, int64_t r1);
+  void (*khatri_rao_bwd)(esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z, int64_t r0,
+                         int64_t r1);
   void (*attn)(const esp_attn_part *p);
   void (*attn_bwd)(const esp_attn_part *p);
   /* o row of one (sequence, head) of decoding */

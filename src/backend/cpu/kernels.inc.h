@@ -5,6 +5,7 @@
 /* clang-format off */
 #include "backend/cpu/k_elementwise.h"
 #include "backend/cpu/k_glu.h"
+#include "backend/cpu/k_kinds.h"
 #include "backend/cpu/k_norm.h"
 #include "backend/cpu/k_loss.h"
 #include "backend/cpu/k_update.h"
@@ -29,6 +30,12 @@ const esp_kernels ESP_K_TABLE = {
     .dot = k_dot,
     .update = k_update,
     .cross_entropy = k_cross_entropy,
+    .mul = k_mul,
+    .mul_rows = k_mul_rows,
+    .col_dot = k_col_dot,
+    .row_dot = k_row_dot,
+    .khatri_rao = k_khatri_rao,
+    .khatri_rao_bwd = k_khatri_rao_bwd,
     .attn = k_attn,
     .attn_bwd = k_attn_bwd,
     .attn_decode = k_attn_decode,

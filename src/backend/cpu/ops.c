@@ -4,43 +4,9 @@
 #include <assert.h>
 #include <string.h>
 
+#include "backend/cpu/range.h"
 #include "backend/cpu/work.h"
 #include "core/rng.h"
-#include "core/threads.h"
-
-#define CHUNK_ELEMENTS 16384 /* 32 to 64 KiB: amortises the hand-over, finer than any imbalance */
-#define CHUNK_COLS 64
-
-/* A job over a range of rows, elements or columns, cut in fixed steps. */
-typedef struct range_job {
-  void (*fn)(const void *op, const esp_kernels *k, int64_t a, int64_t b);
-  const void *op;
-  const esp_kernels *k;
-  int64_t n, step;
-} range_job;
-
-static void run_range(void *ctx, int64_t chunk, int thread) {
-  (void)thread;
-  const range_job *j = ctx;
-  int64_t a = chunk * j->step, b = a + j->step < j->n ? a + j->step : j->n;
-  j->fn(j->op, j->k, a, b);
-}
-
-static void split(esp_backend *be, int64_t n, int64_t step, const void *op,
-                  void (*fn)(const void *, const esp_kernels *, int64_t, int64_t)) {
-  if (be->sticky != ESP_OK || n <= 0) return;
-  range_job j = {fn, op, esp_cpu_kernels(), n, step < 1 ? 1 : step};
-  int64_t chunks = (n + j.step - 1) / j.step;
-  if (chunks == 1)
-    run_range(&j, 0, 0);
-  else
-    esp_parallel(chunks, run_range, &j);
-}
-
-static int64_t row_step(int64_t cols) {
-  int64_t s = CHUNK_ELEMENTS / (cols > 0 ? cols : 1);
-  return s > 0 ? s : 1;
-}
 
 /* y, x, v and scalars: enough for every simple operation */
 typedef struct simple_op {
@@ -69,9 +35,9 @@ void esp_cpu_axpby(esp_backend *be, esp_tensor y, float a, esp_tensor x, float b
   assert(esp_tensor_numel(&y) == esp_tensor_numel(&x));
   simple_op o = {.y = y, .x = x, .a = a, .b = b};
   if (contiguous(&y) && contiguous(&x))
-    split(be, esp_tensor_numel(&y), CHUNK_ELEMENTS, &o, axpby_flat);
+    esp_split(be, esp_tensor_numel(&y), ESP_CHUNK_ELEMENTS, &o, axpby_flat);
   else
-    split(be, esp_tensor_rows(&y), row_step(esp_tensor_cols(&y)), &o, axpby_part);
+    esp_split(be, esp_tensor_rows(&y), esp_row_step(esp_tensor_cols(&y)), &o, axpby_part);
 }
 
 static void mul_cols_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
@@ -80,7 +46,7 @@ static void mul_cols_part(const void *op, const esp_kernels *k, int64_t r0, int6
 }
 void esp_cpu_mul_cols(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v) {
   simple_op o = {.y = y, .x = x, .v = v};
-  split(be, esp_tensor_rows(&y), row_step(esp_tensor_cols(&y)), &o, mul_cols_part);
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(esp_tensor_cols(&y)), &o, mul_cols_part);
 }
 
 static void copy_rows_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
@@ -89,11 +55,11 @@ static void copy_rows_part(const void *op, const esp_kernels *k, int64_t r0, int
 }
 void esp_cpu_gather_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows) {
   simple_op o = {.y = y, .x = x, .a = 1.0f, .from = rows};
-  split(be, esp_tensor_rows(&y), row_step(esp_tensor_cols(&y)), &o, copy_rows_part);
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(esp_tensor_cols(&y)), &o, copy_rows_part);
 }
 void esp_cpu_scatter_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows) {
   simple_op o = {.y = y, .x = x, .a = 1.0f, .to = rows};
-  split(be, esp_tensor_rows(&x), row_step(esp_tensor_cols(&x)), &o, copy_rows_part);
+  esp_split(be, esp_tensor_rows(&x), esp_row_step(esp_tensor_cols(&x)), &o, copy_rows_part);
 }
 
 /* A table in another storage type (fp16 files): one row at a time through fp32. */
@@ -114,7 +80,7 @@ static void embed_convert(const void *op, const esp_kernels *k, int64_t r0, int6
 void esp_cpu_embed(esp_backend *be, esp_tensor y, esp_tensor table, const int32_t *ids, float scale) {
   simple_op o = {.y = y, .x = table, .a = scale, .from = ids};
   bool direct = table.dtype == ESP_BF16 || table.dtype == ESP_F32;
-  split(be, esp_tensor_rows(&y), row_step(esp_tensor_cols(&y)), &o, direct ? copy_rows_part : embed_convert);
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(esp_tensor_cols(&y)), &o, direct ? copy_rows_part : embed_convert);
 }
 
 typedef struct col_op {
@@ -129,7 +95,7 @@ static void embed_bwd_part(const void *op, const esp_kernels *k, int64_t c0, int
 }
 void esp_cpu_embed_bwd(esp_backend *be, float *dtable, esp_tensor dy, const int32_t *ids, float scale) {
   col_op o = {dtable, dy, ids, scale};
-  split(be, esp_tensor_cols(&dy), CHUNK_COLS, &o, embed_bwd_part);
+  esp_split(be, esp_tensor_cols(&dy), ESP_CHUNK_COLS, &o, embed_bwd_part);
 }
 static void col_sum_part(const void *op, const esp_kernels *k, int64_t c0, int64_t c1) {
   const col_op *o = op;
@@ -137,7 +103,7 @@ static void col_sum_part(const void *op, const esp_kernels *k, int64_t c0, int64
 }
 void esp_cpu_col_sum(esp_backend *be, float *out, esp_tensor x) {
   col_op o = {.out = out, .x = x};
-  split(be, esp_tensor_cols(&x), CHUNK_COLS, &o, col_sum_part);
+  esp_split(be, esp_tensor_cols(&x), ESP_CHUNK_COLS, &o, col_sum_part);
 }
 
 static void dropout_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
@@ -147,7 +113,7 @@ static void dropout_part(const void *op, const esp_kernels *k, int64_t r0, int64
 void esp_cpu_dropout(esp_backend *be, esp_tensor y, esp_tensor x, float p, uint64_t seed, const uint64_t *draw,
                      uint64_t stream, float beta) {
   simple_op o = {.y = y, .x = x, .a = p, .b = beta, .seed = esp_draw_seed(seed, *draw), .stream = stream};
-  split(be, esp_tensor_rows(&y), row_step(esp_tensor_cols(&y)), &o, dropout_part);
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(esp_tensor_cols(&y)), &o, dropout_part);
 }
 
 static void act_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
@@ -156,7 +122,7 @@ static void act_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r
 }
 void esp_cpu_act(esp_backend *be, esp_tensor y, esp_tensor x, esp_act act) {
   simple_op o = {.y = y, .x = x, .act = act};
-  split(be, esp_tensor_rows(&y), row_step(esp_tensor_cols(&y)), &o, act_part);
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(esp_tensor_cols(&y)), &o, act_part);
 }
 static void act_bwd_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
   const simple_op *o = op;
@@ -164,7 +130,7 @@ static void act_bwd_part(const void *op, const esp_kernels *k, int64_t r0, int64
 }
 void esp_cpu_act_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, esp_act act) {
   simple_op o = {.y = dx, .x = x, .v = dy, .act = act};
-  split(be, esp_tensor_rows(&x), row_step(esp_tensor_cols(&x)), &o, act_bwd_part);
+  esp_split(be, esp_tensor_rows(&x), esp_row_step(esp_tensor_cols(&x)), &o, act_bwd_part);
 }
 static void glu_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
   const simple_op *o = op;
@@ -173,7 +139,7 @@ static void glu_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r
 void esp_cpu_glu(esp_backend *be, esp_tensor h, esp_tensor gu, esp_act act) {
   assert(esp_tensor_cols(&gu) == 2 * esp_tensor_cols(&h));
   simple_op o = {.y = h, .x = gu, .act = act};
-  split(be, esp_tensor_rows(&h), row_step(esp_tensor_cols(&gu)), &o, glu_part);
+  esp_split(be, esp_tensor_rows(&h), esp_row_step(esp_tensor_cols(&gu)), &o, glu_part);
 }
 static void glu_bwd_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
   const simple_op *o = op;
@@ -181,14 +147,14 @@ static void glu_bwd_part(const void *op, const esp_kernels *k, int64_t r0, int64
 }
 void esp_cpu_glu_bwd(esp_backend *be, esp_tensor dgu, esp_tensor dh, esp_tensor gu, esp_act act) {
   simple_op o = {.y = dgu, .x = gu, .v = dh, .act = act};
-  split(be, esp_tensor_rows(&dh), row_step(esp_tensor_cols(&gu)), &o, glu_bwd_part);
+  esp_split(be, esp_tensor_rows(&dh), esp_row_step(esp_tensor_cols(&gu)), &o, glu_bwd_part);
 }
 
 static void norm_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
   k->norm(op, r0, r1);
 }
 void esp_cpu_norm(esp_backend *be, const esp_norm_args *a) {
-  split(be, esp_tensor_rows(&a->x), row_step(esp_tensor_cols(&a->x)), a, norm_part);
+  esp_split(be, esp_tensor_rows(&a->x), esp_row_step(esp_tensor_cols(&a->x)), a, norm_part);
 }
 static void norm_bwd_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
   k->norm_bwd(op, r0, r1);
@@ -198,14 +164,14 @@ static void norm_bwd_cols_part(const void *op, const esp_kernels *k, int64_t c0,
 }
 void esp_cpu_norm_bwd(esp_backend *be, const esp_norm_bwd_args *a) {
   /* columns first: dx may be the same memory as dy */
-  if (a->dw || a->db) split(be, esp_tensor_cols(&a->r), CHUNK_COLS, a, norm_bwd_cols_part);
-  if (a->dx.data) split(be, esp_tensor_rows(&a->r), row_step(esp_tensor_cols(&a->r)), a, norm_bwd_part);
+  if (a->dw || a->db) esp_split(be, esp_tensor_cols(&a->r), ESP_CHUNK_COLS, a, norm_bwd_cols_part);
+  if (a->dx.data) esp_split(be, esp_tensor_rows(&a->r), esp_row_step(esp_tensor_cols(&a->r)), a, norm_bwd_part);
 }
 static void rope_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
   k->rope(op, r0, r1);
 }
 void esp_cpu_rope(esp_backend *be, const esp_rope_args *a) {
-  split(be, esp_tensor_rows(&a->x), row_step((int64_t)a->heads * a->head_dim), a, rope_part);
+  esp_split(be, esp_tensor_rows(&a->x), esp_row_step((int64_t)a->heads * a->head_dim), a, rope_part);
 }
 
 typedef struct ce_op {
@@ -222,7 +188,7 @@ void esp_cpu_cross_entropy(esp_backend *be, const esp_ce_args *a) {
   if (be->sticky != ESP_OK || n == 0) return;
   o.row = esp_cpu_work(be, esp_cpu_work_ce(n));
   if (!o.row) return;
-  split(be, n, row_step(esp_tensor_cols(&a->logits)), &o, ce_part);
+  esp_split(be, n, esp_row_step(esp_tensor_cols(&a->logits)), &o, ce_part);
   double sum[2] = {0, 0}; /* in row order */
   for (int64_t r = 0; r < 2 * n; r++) sum[r & 1] += o.row[r];
   a->sums[0] += sum[0];
@@ -245,7 +211,7 @@ static void dot_part(const void *op, const esp_kernels *k, int64_t p0, int64_t p
 void esp_cpu_dot(esp_backend *be, double *out, const float *a, const float *b, int64_t n) {
   dot_op o = {.a = a, .b = b, .n = n, .step = ((n + DOT_PARTS - 1) / DOT_PARTS + 15) / 16 * 16};
   if (be->sticky != ESP_OK) return;
-  split(be, DOT_PARTS, n < CHUNK_ELEMENTS ? DOT_PARTS : 4, &o, dot_part);
+  esp_split(be, DOT_PARTS, n < ESP_CHUNK_ELEMENTS ? DOT_PARTS : 4, &o, dot_part);
   double sum = 0;
   for (int i = 0; i < DOT_PARTS; i++) sum += o.part[i];
   *out = sum;
@@ -255,5 +221,5 @@ static void update_part(const void *op, const esp_kernels *k, int64_t e0, int64_
   k->update(op, e0, e1);
 }
 void esp_cpu_update(esp_backend *be, const esp_update_args *a) {
-  split(be, a->n, CHUNK_ELEMENTS, a, update_part);
+  esp_split(be, a->n, ESP_CHUNK_ELEMENTS, a, update_part);
 }

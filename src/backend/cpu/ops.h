@@ -28,4 +28,20 @@ void esp_cpu_col_sum(esp_backend *be, float *out, esp_tensor x);
 void esp_cpu_dot(esp_backend *be, double *out, const float *a, const float *b, int64_t n);
 void esp_cpu_update(esp_backend *be, const esp_update_args *a);
 
+/* ops_kinds.c */
+void esp_cpu_mul(esp_backend *be, esp_tensor y, esp_tensor a, esp_tensor b, float beta);
+void esp_cpu_mul_rows(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v, float beta);
+void esp_cpu_col_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b);
+void esp_cpu_row_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b, float beta);
+void esp_cpu_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared,
+                          bool trans, float alpha, float beta);
+void esp_cpu_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
+                        float alpha);
+void esp_cpu_block_inverse(esp_backend *be, esp_tensor inv, esp_tensor m, int blocks);
+void esp_cpu_transpose_rows(esp_backend *be, esp_tensor y, esp_tensor x, int64_t a, int64_t b);
+void esp_cpu_khatri_rao(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor z);
+void esp_cpu_khatri_rao_bwd(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z);
+void esp_cpu_sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s);
+void esp_cpu_sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s);
+
 #endif

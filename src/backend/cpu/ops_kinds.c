@@ -1,0 +1,189 @@
+/* ops_kinds.c: the parts of adapter kinds (backend.h) on the cpu: cut the work by shape, run the kernels. */
+#include <assert.h>
+#include <string.h>
+
+#include "backend/cpu/gemm.h"
+#include "backend/cpu/ops.h"
+#include "backend/cpu/range.h"
+
+typedef struct kind_op {
+  esp_tensor y, a, b, dx, dz;
+  float *out;
+  float beta;
+  int64_t p, q;
+  const esp_csr *s;
+} kind_op;
+
+static void mul_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
+  const kind_op *o = op;
+  k->mul(o->y, o->a, o->b, o->beta, r0, r1);
+}
+void esp_cpu_mul(esp_backend *be, esp_tensor y, esp_tensor a, esp_tensor b, float beta) {
+  assert(esp_tensor_numel(&y) == esp_tensor_numel(&a) && esp_tensor_numel(&y) == esp_tensor_numel(&b));
+  kind_op o = {.y = y, .a = a, .b = b, .beta = beta};
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(esp_tensor_cols(&y)), &o, mul_part);
+}
+
+static void mul_rows_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
+  const kind_op *o = op;
+  k->mul_rows(o->y, o->a, o->b, o->beta, r0, r1);
+}
+void esp_cpu_mul_rows(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v, float beta) {
+  assert(esp_tensor_numel(&v) == esp_tensor_rows(&y) && esp_tensor_numel(&y) == esp_tensor_numel(&x));
+  kind_op o = {.y = y, .a = x, .b = v, .beta = beta};
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(esp_tensor_cols(&y)), &o, mul_rows_part);
+}
+
+static void col_dot_part(const void *op, const esp_kernels *k, int64_t c0, int64_t c1) {
+  const kind_op *o = op;
+  k->col_dot(o->out, o->a, o->b, c0, c1);
+}
+void esp_cpu_col_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b) {
+  assert(esp_tensor_numel(&a) == esp_tensor_numel(&b));
+  kind_op o = {.a = a, .b = b, .out = out};
+  esp_split(be, esp_tensor_cols(&a), ESP_CHUNK_COLS, &o, col_dot_part);
+}
+
+static void row_dot_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
+  const kind_op *o = op;
+  k->row_dot(o->out, o->a, o->b, o->beta, r0, r1);
+}
+void esp_cpu_row_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b, float beta) {
+  assert(esp_tensor_numel(&a) == esp_tensor_numel(&b));
+  kind_op o = {.a = a, .b = b, .out = out, .beta = beta};
+  esp_split(be, esp_tensor_rows(&a), esp_row_step(esp_tensor_cols(&a)), &o, row_dot_part);
+}
+
+/* ---- blocks ---- */
+void esp_cpu_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared,
+                          bool trans, float alpha, float beta) {
+  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&y) / blocks, rows = trans ? q : p;
+  assert(esp_tensor_rows(&m) == (shared ? rows : rows * blocks) && esp_tensor_cols(&m) == (trans ? p : q));
+  assert(esp_tensor_rows(&y) == esp_tensor_rows(&x));
+  for (int g = 0; g < blocks; g++)
+    esp_cpu_matmul(be, esp_tensor_cols_view(&y, g * q, q), esp_tensor_cols_view(&x, g * p, p), false,
+                   esp_tensor_rows_view(&m, shared ? 0 : g * rows, rows), trans, alpha, beta);
+}
+
+void esp_cpu_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
+                        float alpha) {
+  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&dy) / blocks;
+  assert(dm.dtype == ESP_F32 && esp_tensor_rows(&dm) == (shared ? p : p * blocks) && esp_tensor_cols(&dm) == q);
+  for (int g = 0; g < blocks; g++)
+    esp_cpu_matmul(be, esp_tensor_rows_view(&dm, shared ? 0 : g * p, p), esp_tensor_cols_view(&x, g * p, p), true,
+                   esp_tensor_cols_view(&dy, g * q, q), false, alpha, 1.0f);
+}
+
+/* Gauss-Jordan in place: after step k the first k columns are those of the inverse. */
+static void invert(float *a, int64_t ld, int64_t n) {
+  for (int64_t k = 0; k < n; k++) {
+    float *rk = a + k * ld, pivot = 1.0f / rk[k];
+    rk[k] = 1.0f;
+    for (int64_t j = 0; j < n; j++) rk[j] *= pivot;
+    for (int64_t i = 0; i < n; i++) {
+      if (i == k) continue;
+      float *ri = a + i * ld, f = ri[k];
+      ri[k] = 0;
+      for (int64_t j = 0; j < n; j++) ri[j] -= f * rk[j];
+    }
+  }
+}
+static void block_inverse_part(const void *op, const esp_kernels *k, int64_t g0, int64_t g1) {
+  (void)k;
+  const kind_op *o = op;
+  for (int64_t g = g0; g < g1; g++) {
+    for (int64_t i = g * o->p; i < (g + 1) * o->p; i++)
+      memmove(esp_row(&o->y, i), esp_row(&o->a, i), (size_t)o->p * sizeof(float));
+    invert(esp_row(&o->y, g * o->p), o->y.ld, o->p);
+  }
+}
+void esp_cpu_block_inverse(esp_backend *be, esp_tensor inv, esp_tensor m, int blocks) {
+  int64_t n = esp_tensor_cols(&m);
+  assert(m.dtype == ESP_F32 && inv.dtype == ESP_F32 && esp_tensor_rows(&m) == n * blocks);
+  assert(esp_tensor_rows(&inv) == n * blocks && esp_tensor_cols(&inv) == n);
+  kind_op o = {.y = inv, .a = m, .p = n};
+  esp_split(be, blocks, esp_row_step(n * n), &o, block_inverse_part);
+}
+
+/* ---- rows as matrices ---- */
+static float load(const esp_tensor *t, int64_t r, int64_t c) {
+  const void *row = esp_row(t, r);
+  return esp_is_b(t) ? esp_bf16_to_f32(((const uint16_t *)row)[c]) : ((const float *)row)[c];
+}
+static void store(const esp_tensor *t, int64_t r, int64_t c, float v) {
+  void *row = esp_row(t, r);
+  if (esp_is_b(t))
+    ((uint16_t *)row)[c] = esp_f32_to_bf16(v);
+  else
+    ((float *)row)[c] = v;
+}
+
+static void transpose_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
+  (void)k;
+  const kind_op *o = op;
+  for (int64_t r = r0; r < r1; r++)
+    for (int64_t i = 0; i < o->p; i++)
+      for (int64_t j = 0; j < o->q; j++) store(&o->y, r, j * o->p + i, load(&o->a, r, i * o->q + j));
+}
+void esp_cpu_transpose_rows(esp_backend *be, esp_tensor y, esp_tensor x, int64_t a, int64_t b) {
+  assert(esp_tensor_cols(&x) == a * b && esp_tensor_cols(&y) == a * b && esp_tensor_rows(&y) == esp_tensor_rows(&x));
+  kind_op o = {.y = y, .a = x, .p = a, .q = b};
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(a * b), &o, transpose_part);
+}
+
+static void khatri_rao_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
+  const kind_op *o = op;
+  k->khatri_rao(o->y, o->a, o->b, r0, r1);
+}
+void esp_cpu_khatri_rao(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor z) {
+  assert(esp_tensor_cols(&y) == esp_tensor_cols(&x) * esp_tensor_cols(&z));
+  kind_op o = {.y = y, .a = x, .b = z};
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(esp_tensor_cols(&y)), &o, khatri_rao_part);
+}
+static void khatri_rao_bwd_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
+  const kind_op *o = op;
+  k->khatri_rao_bwd(o->dx, o->dz, o->y, o->a, o->b, r0, r1);
+}
+void esp_cpu_khatri_rao_bwd(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z) {
+  assert(esp_tensor_cols(&dy) == esp_tensor_cols(&x) * esp_tensor_cols(&z));
+  assert((!dx.data || dx.dtype == ESP_F32) && (!dz.data || dz.dtype == ESP_F32));
+  kind_op o = {.y = dy, .a = x, .b = z, .dx = dx, .dz = dz};
+  esp_split(be, esp_tensor_rows(&dy), esp_row_step(esp_tensor_cols(&dy)), &o, khatri_rao_bwd_part);
+}
+
+/* ---- sparse matrices ---- */
+static void sparse_matmul_part(const void *op, const esp_kernels *k, int64_t t0, int64_t t1) {
+  (void)k;
+  const kind_op *o = op;
+  const esp_csr *s = o->s;
+  for (int64_t t = t0; t < t1; t++)
+    for (int64_t r = 0; r < s->rows; r++) {
+      if (s->start[r] == s->start[r + 1]) continue;
+      float sum = 0;
+      for (int32_t e = s->start[r]; e < s->start[r + 1]; e++)
+        sum += s->values[s->order ? s->order[e] : e] * load(&o->a, t, s->index[e]);
+      store(&o->y, t, r, sum + load(&o->y, t, r));
+    }
+}
+void esp_cpu_sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s) {
+  assert(esp_tensor_cols(&y) == s->rows && esp_tensor_rows(&y) == esp_tensor_rows(&x));
+  kind_op o = {.y = y, .a = x, .s = s};
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(s->rows + s->entries), &o, sparse_matmul_part);
+}
+
+static void sparse_grad_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
+  (void)k;
+  const kind_op *o = op;
+  const esp_csr *s = o->s;
+  for (int64_t r = r0; r < r1; r++)
+    for (int32_t e = s->start[r]; e < s->start[r + 1]; e++) {
+      float sum = 0;
+      for (int64_t t = 0; t < esp_tensor_rows(&o->a); t++) sum += load(&o->y, t, r) * load(&o->a, t, s->index[e]);
+      o->out[s->order ? s->order[e] : e] += sum;
+    }
+}
+void esp_cpu_sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s) {
+  assert(esp_tensor_cols(&dy) == s->rows && esp_tensor_rows(&dy) == esp_tensor_rows(&x));
+  kind_op o = {.y = dy, .a = x, .s = s, .out = dvalues};
+  esp_split(be, s->rows, 16, &o, sparse_grad_part);
+}
