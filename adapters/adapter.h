@@ -14,6 +14,12 @@ typedef struct esp_pattern { /* rank_pattern, alpha_pattern: PEFT's matching, re
   double value;
 } esp_pattern;
 
+typedef struct esp_kept { /* the ranks of a module that were kept, of those it started with */
+  const char *path;
+  int n;
+  const uint8_t *keep;
+} esp_kept;
+
 typedef struct esp_adapter_cfg {
   const char *type; /* registry name: lora, full, none */
   int64_t r;
@@ -39,8 +45,16 @@ typedef struct esp_adapter_cfg {
   const int32_t *trainable_tokens; /* rows of the input embedding that are trained */
   int n_trainable_tokens;
   uint64_t seed;
+  /* adalora, and kinds whose ranks are moved by importance; steps below 1 are a share of the task's */
+  int64_t target_r, interval;
+  double tinit, tfinal, beta1, beta2, orth_weight;
+  int64_t total_step; /* from a file: what tinit and tfinal were steps of */
+  const esp_kept *kept;
+  int n_kept;
   /* layers */
   int64_t top_layers; /* the last so many blocks; 0: those of `layers` */
+  /* mora */
+  const char *mora_type; /* sharing (NULL: this) | rotation */
 } esp_adapter_cfg;
 
 typedef struct esp_adapter esp_adapter;
@@ -54,6 +68,8 @@ typedef struct esp_adapter_kind {
   bool targets;    /* reads target, exclude, layers; false: `full` and `none` */
   bool whole_base; /* every weight of the base is a trained parameter (`full`) */
   bool on_host;    /* its hooks do work on the host in each pass: a pass is then never replayed from a recording */
+  bool reads_base; /* init keeps something of the base: it also runs before the values of a file are set */
+  bool needs_dx;   /* gradients are made in input_bwd: dx is wanted even where nothing below is trained */
 
   /* Optional. open: before anything is declared: checks that need the base; may declare parameters that belong to no
    * site. trains: the module is trained in full, as if modules_to_save named it. */
@@ -75,6 +91,12 @@ typedef struct esp_adapter_kind {
   int (*tails_bwd)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails, int max,
                    void **slot);
   void (*input_bwd)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor dx, void **slot);
+  /* Kinds that make the product of their sites themselves (`product` not BASE); such a kind is `alone`. */
+  esp_site_product product;
+  void (*site_forward)(esp_adapter *a, esp_run *run, esp_site *s, const esp_wview *w, esp_tensor bias, esp_tensor x,
+                       esp_tensor y);
+  void (*site_backward)(esp_adapter *a, esp_run *run, esp_site *s, const esp_wview *w, esp_tensor x, esp_tensor dy,
+                        esp_tensor dx, float beta);
   void (*embed)(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot);
   void (*embed_bwd)(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy, void **slot);
 
@@ -85,17 +107,33 @@ typedef struct esp_adapter_kind {
 
   /* Optional: called around optimizer steps. before_step: gradients are complete (all micro-batches, all ranks) and not
    * yet clipped: may add those of a penalty and answers its value (0: none). after_step: parameters are new; may change
-   * ranks (esp_adapter_resize). step is 0-based within the task, total the task's steps. */
+   * ranks (esp_adapter_resize). step: 0-based within the
+   * task in before_step, steps done in after_step; total: the task's steps, 0 where nobody knows (a session). */
   double (*before_step)(esp_adapter *a, int64_t step, int64_t total);
   esp_status (*after_step)(esp_adapter *a, int64_t step, int64_t total);
-  esp_status (*task_begin)(esp_adapter *a, int task);
+  esp_status (*task_begin)(esp_adapter *a, int task); /* on resume before the saved state replaces what it did */
   esp_status (*task_end)(esp_adapter *a, int task);
+
+  /* Kinds whose parameters change shape, or that keep statistics over steps. states: flat fp32 buffers, one element per
+   * parameter element, that follow the parameters and are part of checkpoints. resized: shapes have changed.
+   * state_write and state_read: what else a checkpoint must hold. All optional. */
+  int n_states;
+  const char *state_names[4];
+  void (*resized)(esp_adapter *a);
+  void (*state_write)(const esp_adapter *a, struct json_t *j);
+  esp_status (*state_read)(esp_adapter *a, const struct json_t *j, const char *path);
 
   /* The kind's own keys of adapter_config.json, beside those every kind has (targets, layers, modules_to_save, bias).
    * check: errors of a recipe that need no base. NULL: none. */
   void (*config_write)(const esp_adapter *a, struct json_t *j);
   esp_status (*config_read)(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);
   esp_status (*config_check)(const esp_adapter_cfg *c);
+  /* Optional: several kinds share a peft_type; true: this one wrote the file. The first that has no such function takes
+   * the files that none claims. */
+  bool (*config_is)(const struct json_t *j);
+
+  /* After parameters were filled from a file. NULL: nothing to do. */
+  esp_status (*loaded)(esp_adapter *a);
 
   /* rows [r0, r0+n) of the effective weight, fp32 host: in: w holds the base rows [n, in]; out: the merged rows. Used
    * by merge, export and extraction only, never in a step. */
@@ -120,9 +158,12 @@ struct esp_adapter { /* one named adapter on one model */
   void *impl;
   struct esp_train_modules *modules; /* what is trained beside the kind: modules_to_save, bias, token rows */
   bool trainable;
-  double weight;     /* multiplies the adapter's effect when summed (composition); 1 */
-  uint64_t revision; /* counts changes of shape or address of its parameters (ranks that grow or shrink) */
-  int64_t backwards; /* backward passes seen: a trained adapter whose B is still zero is not saved */
+  double weight;         /* multiplies the adapter's effect when summed (composition); 1 */
+  uint64_t revision;     /* counts changes of shape or address of its parameters (ranks that grow or shrink) */
+  int64_t backwards;     /* backward passes seen: a trained adapter whose B is still zero is not saved */
+  float *state[4];       /* of kind->state_names, backend memory */
+  float grad_scale;      /* what clipping has multiplied the last gradients with; set before after_step */
+  int64_t ranks, budget; /* of kinds that move ranks: in force after the last step, and what was allowed; 0: none */
 };
 
 const esp_adapter_kind *esp_adapter_find(const char *name);
@@ -148,6 +189,21 @@ bool esp_adapter_changes_bias(const esp_adapter *a, const esp_site *s);
 esp_status esp_adapter_effective_bias(esp_adapter *a, esp_site *s, float *bias);
 /* The effective rank of a site (rank_pattern applied), 0 where it is not targeted or the kind has none. */
 int64_t esp_adapter_rank(const esp_adapter *a, const esp_site *s);
+
+/* resize.c: parameters that change shape in the middle of a run. Along `axis`, row or column i of the new tensor is
+ * from[i] of the old one, or new and zero (-1). Masters, shadow and whatever follows the parameters (optimizer state,
+ * the kind's statistics) move with them, gradients are zero afterwards, a->revision counts up and kind->resized is
+ * called. Host work: for the few steps at which ranks move. */
+typedef struct esp_resize {
+  int param, axis;
+  int64_t n;
+  const int32_t *from; /* [n]; NULL: all new */
+} esp_resize;
+esp_status esp_adapter_resize(esp_adapter *a, const esp_resize *list, int n);
+/* Shapes and the kind's own state as JSON (a new reference; NULL: no memory), and back: ranks first, values after. */
+bool esp_adapter_has_state(const esp_adapter *a);
+struct json_t *esp_adapter_state_json(const esp_adapter *a);
+esp_status esp_adapter_state_restore(esp_adapter *a, const struct json_t *j, const char *path);
 
 /* PEFT directory, both ways (adapter_config.json + adapter_model.safetensors). Loading is strict: every tensor of the
  * file consumed once, every slot filled once, else an error listing both sets (at most 5 of each and the counts). */

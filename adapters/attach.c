@@ -78,6 +78,24 @@ static void on_input_bwd(void *ctx, esp_run *run, esp_group *g, esp_tensor dx, v
     if (c->list[k]->kind->input_bwd) c->list[k]->kind->input_bwd(c->list[k], run, g, dx, gslot(c, g, k));
 }
 
+static esp_adapter *owner(const active_set *c, const esp_site *s) {
+  for (int k = 0; k < c->n; k++)
+    if (c->list[k]->kind->product != ESP_PRODUCT_BASE && c->list[k]->targeted[s->index]) return c->list[k];
+  return NULL;
+}
+
+static void on_site_forward(void *ctx, esp_run *run, esp_site *s, const esp_wview *w, esp_tensor bias, esp_tensor x,
+                            esp_tensor y) {
+  esp_adapter *a = owner(ctx, s);
+  a->kind->site_forward(a, run, s, w, bias, x, y);
+}
+
+static void on_site_backward(void *ctx, esp_run *run, esp_site *s, const esp_wview *w, esp_tensor x, esp_tensor dy,
+                             esp_tensor dx, float beta) {
+  esp_adapter *a = owner(ctx, s);
+  a->kind->site_backward(a, run, s, w, x, dy, dx, beta);
+}
+
 static void on_embed(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot) {
   active_set *c = ctx;
   for (int k = 0; k < c->n; k++) {
@@ -138,6 +156,7 @@ static int on_lowest_layer(void *ctx) {
     for (int i = 0; i < n; i++) {
       if (!a->targeted[i]) continue;
       int at = sites[i]->kind == ESP_SITE_EMBED ? -1 : sites[i]->layer < 0 ? layers : sites[i]->layer;
+      at -= a->kind->needs_dx && at >= 0; /* the gradient of the lowest site's input is that of what lies below */
       if (at < low) low = at;
     }
   }
@@ -149,6 +168,8 @@ static esp_adapter_hooks hooks_of(active_set *c) {
   esp_adapter_hooks h = {.ctx = c,
                          .tails = on_tails,
                          .tails_bwd = on_tails_bwd,
+                         .site_forward = on_site_forward,
+                         .site_backward = on_site_backward,
                          .embed = on_embed,
                          .embed_bwd = on_embed_bwd,
                          .lowest_layer = on_lowest_layer,
@@ -198,8 +219,14 @@ static esp_status attach_modules(esp_model *m, esp_adapter **list, int n) {
     esp_site *s = sites[i];
     s->trained = NULL;
     s->trained_weight = s->trained_bias = -1;
+    s->product = ESP_PRODUCT_BASE;
+    for (int k = 0; k < n; k++)
+      if (list[k]->targeted[i] && list[k]->kind->product != ESP_PRODUCT_BASE) s->product = list[k]->kind->product;
     for (int k = 0; k < n; k++) {
       const esp_train_modules *t = list[k]->modules;
+      if (t->weight[i] >= 0 && s->product != ESP_PRODUCT_BASE)
+        return esp_fail(ESP_ERR_RECIPE, "%s is trained in full by '%s' and adapted by another active adapter", s->path,
+                        list[k]->name);
       if (t->weight[i] < 0 && t->bias[i] < 0) continue;
       if (s->trained)
         return esp_fail(ESP_ERR_RECIPE, "%s is trained in full by two active adapters ('%s' and another)", s->path,
@@ -233,6 +260,8 @@ void esp_adapter_destroy(esp_adapter *a) {
   }
   esp_train_modules_destroy(a);
   if (a->kind->destroy && a->site_state) a->kind->destroy(a);
+  for (int i = 0; i < a->kind->n_states; i++)
+    if (a->state[i]) esp_params_leave(a->params, &a->state[i]);
   esp_params_destroy(a->params);
   esp_arena_destroy(a->arena);
 }
@@ -267,8 +296,8 @@ esp_status esp_adapter_effective_rows(esp_adapter *a, esp_site *s, int64_t r0, i
 }
 
 bool esp_adapter_changes_bias(const esp_adapter *a, const esp_site *s) {
-  const esp_lora_site *ls = a->kind->materialise_bias && a->targeted[s->index] ? a->site_state[s->index] : NULL;
-  return a->modules->bias[s->index] >= 0 || (ls && a->cfg.lora_bias);
+  bool kind = a->kind->materialise_bias && a->targeted[s->index] && s->bias_tensor;
+  return a->modules->bias[s->index] >= 0 || (kind && (a->kind != &esp_kind_lora || a->cfg.lora_bias));
 }
 
 esp_status esp_adapter_effective_bias(esp_adapter *a, esp_site *s, float *bias) {

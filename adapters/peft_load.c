@@ -114,6 +114,7 @@ static esp_status fill(esp_adapter *a, esp_st *f, const char *path, account *acc
   esp_status st = used ? ESP_OK : ESP_ERR_MEMORY;
   for (int i = 0; i < a->params->count && st == ESP_OK; i++) {
     const char *name = a->params->list[i].name;
+    if (a->params->list[i].local) continue;
     if (!esp_map_put(used, name, strlen(name), a)) st = ESP_ERR_MEMORY;
     if (!esp_st_find(f, name)) note(&acc->missing, &acc->n_missing, name);
   }
@@ -128,7 +129,7 @@ static esp_status fill(esp_adapter *a, esp_st *f, const char *path, account *acc
                   path, acc->n_missing, acc->n_missing ? acc->missing.data : "", acc->n_missing > SHOWN ? ", ..." : "",
                   acc->n_extra, acc->n_extra ? acc->extra.data : "", acc->n_extra > SHOWN ? ", ..." : "");
   for (int i = 0; i < a->params->count && st == ESP_OK; i++)
-    st = fill_one(a, i, esp_st_find(f, a->params->list[i].name));
+    if (!a->params->list[i].local) st = fill_one(a, i, esp_st_find(f, a->params->list[i].name));
   for (int i = 0; i < esp_st_count(f) && st == ESP_OK; i++) {
     const esp_st_entry *e = esp_st_at(f, i);
     if (!esp_map_has(used, e->name, strlen(e->name))) st = check_copy(a, e, copied_site(a, e->name));
@@ -174,6 +175,7 @@ esp_status esp_adapter_load(esp_model *m, const char *dir, const char *name, boo
     goto out;
   }
   ESP_GOTO(fill(a, f, path, &acc));
+  if (a->kind->loaded) ESP_GOTO(a->kind->loaded(a));
   *out = a;
   a = NULL;
 out:

@@ -43,6 +43,10 @@ static bool borrow(esp_run *run, esp_weight *w, esp_wview *v) {
   return st == ESP_OK;
 }
 
+static esp_weight *site_weight(esp_group_state *gs, const esp_site *s, int i) {
+  return s->product == ESP_PRODUCT_OWN_DENSE ? &gs->site_dense[i] : &gs->site_weight[i];
+}
+
 static esp_wview dense_view(esp_tensor w, int64_t out, int64_t in) {
   esp_wview v = {out, in, NULL, w};
   v.dense.ndim = 2;
@@ -52,32 +56,39 @@ static esp_wview dense_view(esp_tensor w, int64_t out, int64_t in) {
   return v;
 }
 
-static void product(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, const esp_tail *tails, int n) {
+/* plain: without bias and without the sites' own products. */
+static void product(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, const esp_tail *tails, int n, bool plain) {
+  const esp_adapter_hooks *h = run->model->hooks;
+  esp_tensor none = {0}, all = plain ? none : g->bias;
   esp_backend *be = run->be;
   esp_group_state *gs = &run->model->gs[g->index];
   esp_wview v;
-  if (gs->bias_trained) refresh_bias(run, g);
+  if (gs->bias_trained && !plain) refresh_bias(run, g);
   switch (gs->mode) {
   case ESP_GROUP_PACKED:
     if (!borrow(run, &g->weight, &v)) return;
-    be->ops->linear(be, y, x, &v, g->bias, tails, n, 0.0f);
+    be->ops->linear(be, y, x, &v, all, tails, n, 0.0f);
     g->weight.ops->give_back(&g->weight, be, &v);
     break;
   case ESP_GROUP_STACKED:
     v = dense_view(stacked(g, 0), g->out, g->in);
-    be->ops->linear(be, y, x, &v, g->bias, tails, n, 0.0f);
+    be->ops->linear(be, y, x, &v, all, tails, n, 0.0f);
     break;
   case ESP_GROUP_SPLIT:
     for (int i = 0; i < g->n_sites; i++) {
       esp_site *s = g->sites[i];
-      esp_tensor ys = esp_tensor_cols_view(&y, s->col0, s->out);
+      esp_tensor ys = esp_tensor_cols_view(&y, s->col0, s->out), bias = plain ? none : site_bias(g, s);
+      esp_weight *w = site_weight(gs, s, i);
       if (weight_trained(s)) {
         v = dense_view(esp_param_shadow(s->trained, s->trained_weight), s->out, s->in);
-        be->ops->linear(be, ys, x, &v, site_bias(g, s), NULL, 0, 0.0f);
+        be->ops->linear(be, ys, x, &v, bias, NULL, 0, 0.0f);
       } else {
-        if (!borrow(run, &gs->site_weight[i], &v)) return;
-        be->ops->linear(be, ys, x, &v, site_bias(g, s), NULL, 0, 0.0f);
-        gs->site_weight[i].ops->give_back(&gs->site_weight[i], be, &v);
+        if (!borrow(run, w, &v)) return;
+        if (s->product != ESP_PRODUCT_BASE && !plain)
+          h->site_forward(h->ctx, run, s, &v, bias, x, ys);
+        else
+          be->ops->linear(be, ys, x, &v, bias, NULL, 0, 0.0f);
+        w->ops->give_back(w, be, &v);
       }
     }
     /* a tail's columns may span several products here, so tails are added on their own */
@@ -89,7 +100,21 @@ static void product(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, cons
   }
 }
 
-static void product_dx(esp_run *run, esp_group *g, esp_tensor dy, esp_tensor dx, const esp_tail *tails, int n) {
+/* The sites that make their own product, on the way back; dx.data NULL: gradients only. */
+static bool own_backward(esp_run *run, esp_group *g, int i, esp_tensor x, esp_tensor dys, esp_tensor dx) {
+  const esp_adapter_hooks *h = run->model->hooks;
+  esp_site *s = g->sites[i];
+  esp_weight *w = site_weight(&run->model->gs[g->index], s, i);
+  esp_wview v;
+  if (!borrow(run, w, &v)) return false;
+  h->site_backward(h->ctx, run, s, &v, x, dys, dx, i == 0 ? 0.0f : 1.0f);
+  w->ops->give_back(w, run->be, &v);
+  return true;
+}
+
+/* x.data NULL: the plain product. */
+static void product_dx(esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tensor dx, const esp_tail *tails,
+                       int n) {
   esp_backend *be = run->be;
   esp_group_state *gs = &run->model->gs[g->index];
   esp_wview v;
@@ -109,13 +134,17 @@ static void product_dx(esp_run *run, esp_group *g, esp_tensor dy, esp_tensor dx,
       esp_tensor dys = esp_tensor_cols_view(&dy, s->col0, s->out);
       const esp_tail *t = i == 0 ? tails : NULL; /* they add to dx, whichever product carries them */
       int nt = i == 0 ? n : 0;
-      if (weight_trained(s)) {
+      esp_weight *w = site_weight(gs, s, i);
+      if (s->product != ESP_PRODUCT_BASE && x.data) {
+        if (!own_backward(run, g, i, x, dys, dx)) return;
+        for (int k = 0; k < nt; k++) be->ops->matmul(be, dx, t[k].x, false, t[k].w, false, 1.0f, 1.0f);
+      } else if (weight_trained(s)) {
         v = dense_view(esp_param_shadow(s->trained, s->trained_weight), s->out, s->in);
         be->ops->linear_dx(be, dx, dys, &v, t, nt, i == 0 ? 0.0f : 1.0f);
       } else {
-        if (!borrow(run, &gs->site_weight[i], &v)) return;
+        if (!borrow(run, w, &v)) return;
         be->ops->linear_dx(be, dx, dys, &v, t, nt, i == 0 ? 0.0f : 1.0f);
-        gs->site_weight[i].ops->give_back(&gs->site_weight[i], be, &v);
+        w->ops->give_back(w, be, &v);
       }
     }
     break;
@@ -131,7 +160,7 @@ void esp_group_forward(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, b
   if (h && h->input) h->input(h->ctx, run, g, &x, slot);
   if (h && h->tails) n = h->tails(h->ctx, run, g, x, tails, ESP_MAX_TAILS, slot);
   if (keep_only && !(h && h->output)) return;
-  product(run, g, x, y, tails, n);
+  product(run, g, x, y, tails, n, false);
   if (h && h->output) h->output(h->ctx, run, g, x, y, slot);
 }
 
@@ -158,9 +187,24 @@ void esp_group_backward(esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy,
   if (h && h->output_bwd) h->output_bwd(h->ctx, run, g, x, dy, slot);
   trained_grads(run, g, x, dy);
   if (h && h->tails_bwd) n = h->tails_bwd(h->ctx, run, g, x, dy, tails, ESP_MAX_TAILS, slot);
-  if (!dx.data) return;
-  product_dx(run, g, dy, dx, tails, n);
+  if (!dx.data) { /* the lowest trained block: products that are the adapter's own still have gradients */
+    for (int i = 0; i < g->n_sites; i++) {
+      esp_site *s = g->sites[i];
+      if (s->product == ESP_PRODUCT_BASE) continue;
+      if (!own_backward(run, g, i, x, esp_tensor_cols_view(&dy, s->col0, s->out), dx)) return;
+    }
+    return;
+  }
+  product_dx(run, g, x, dy, dx, tails, n);
   if (h && h->input_bwd) h->input_bwd(h->ctx, run, g, dx, slot);
+}
+
+void esp_group_apply(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y) {
+  product(run, g, x, y, NULL, 0, true);
+}
+
+void esp_group_apply_dx(esp_run *run, esp_group *g, esp_tensor dy, esp_tensor dx) {
+  product_dx(run, g, (esp_tensor){0}, dy, dx, NULL, 0);
 }
 
 bool esp_group_uses_input(const esp_model *m, const esp_group *g) {

@@ -32,6 +32,10 @@ struct esp_weight { /* one operand: the stacked weights of a group */
   int64_t out, in;
 };
 
+/* Who makes a linear site's product. OWN: an adapter does (hooks site_forward, site_backward), and the group's other
+ * sites get one product each; OWN_DENSE: the same, and it sees the frozen weight as dense rows [out, in]. */
+typedef enum esp_site_product { ESP_PRODUCT_BASE, ESP_PRODUCT_OWN, ESP_PRODUCT_OWN_DENSE } esp_site_product;
+
 typedef enum esp_site_kind { ESP_SITE_LINEAR, ESP_SITE_EMBED, ESP_SITE_NORM } esp_site_kind;
 struct esp_site {
   esp_site_kind kind;
@@ -50,6 +54,7 @@ struct esp_site {
    * the group's packed operand: the store and index of the parameter, store NULL when frozen. */
   esp_params *trained;
   int trained_weight, trained_bias; /* -1: not trained */
+  esp_site_product product;
 };
 struct esp_group {
   int n_sites;
@@ -98,6 +103,12 @@ typedef struct esp_adapter_hooks {
   int (*tails_bwd)(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails, int max,
                    void **slot);
   void (*input_bwd)(void *ctx, esp_run *run, esp_group *g, esp_tensor dx, void **slot);
+  /* Sites with product OWN. w: the site's frozen weight, borrowed. y = the adapted product + bias. Backward accumulates
+   * parameter gradients and makes dx = .. + beta*dx (dx.data NULL: only the gradients). x is the group's own input. */
+  void (*site_forward)(void *ctx, esp_run *run, esp_site *s, const esp_wview *w, esp_tensor bias, esp_tensor x,
+                       esp_tensor y);
+  void (*site_backward)(void *ctx, esp_run *run, esp_site *s, const esp_wview *w, esp_tensor x, esp_tensor dy,
+                        esp_tensor dx, float beta);
   /* EMBED: y is the embedding output [T, dim], ids on the backend. */
   void (*embed)(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot);
   void (*embed_bwd)(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy, void **slot);
@@ -145,6 +156,11 @@ esp_status esp_site_add_delta(esp_model *m, esp_site *s, const float *delta);
 const char *esp_model_dir(const esp_model *m);
 /* xxh3-128 over config.json and the safetensors headers, hex: the base's fingerprint stored with adapters. */
 const char *esp_model_fingerprint(const esp_model *m);
+
+/* The plain frozen product of a group on other rows, for kinds whose change is a function of the weight: y = x W^T, no
+ * bias and no hooks; dx = dy W. */
+void esp_group_apply(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y);
+void esp_group_apply_dx(esp_run *run, esp_group *g, esp_tensor dy, esp_tensor dx);
 
 void esp_model_set_hooks(esp_model *m, const esp_adapter_hooks *hooks); /* NULL: base mode (adapters off) */
 const esp_adapter_hooks *esp_model_hooks(const esp_model *m);

@@ -76,6 +76,65 @@ static esp_status place(esp_model *m, const esp_tensor *t, int n, bool transpose
   return st;
 }
 
+/* ---- the same rows unpacked: an adapter that makes its own weight from blocks of the frozen one ---- */
+
+static esp_status dense_borrow(esp_weight *w, esp_backend *be, esp_wview *out) {
+  *out = (esp_wview){.out = w->out, .in = w->in, .dense = *(const esp_tensor *)w->impl};
+  return ESP_OK;
+}
+static void dense_give_back(esp_weight *w, esp_backend *be, esp_wview *view) {
+  view->dense.data = NULL;
+}
+static void dense_destroy(esp_weight *w, esp_backend *be) {
+  be->ops->free(be, ((esp_tensor *)w->impl)->data);
+  esp_mem_free(w->impl);
+  w->impl = NULL;
+  w->ops = NULL;
+}
+static const esp_weight_ops dense_ops = {dense_borrow, dense_give_back, dense_destroy};
+
+static esp_status dense_site(esp_model *m, const esp_site *s, esp_weight *w) {
+  esp_status st = ESP_OK;
+  const esp_site_state *ss = &m->ss[s->index];
+  esp_backend *be = m->be;
+  bool counting = esp_backend_counts(be);
+  const int64_t step = 256; /* rows at a time */
+  int64_t width = s->in * (int64_t)esp_dtype_size(m->opt.compute);
+  float *rows = NULL;
+  void *conv = NULL, *data = NULL;
+  esp_tensor *t = NULL;
+  if (m->opt.offload_base)
+    return esp_fail(ESP_ERR_RECIPE, "memory.offload_base: the adapter on %s reads the base's weight in its steps",
+                    s->path);
+  t = esp_mem_alloc(ESP_MEM_HOST, sizeof *t);
+  rows = esp_mem_alloc(ESP_MEM_HOST, (size_t)(step * s->in) * sizeof *rows);
+  conv = esp_mem_alloc(ESP_MEM_HOST, (size_t)(step * width));
+  st = t && rows && conv ? ESP_OK : ESP_ERR_MEMORY;
+  if (st) goto out;
+  data = be->ops->alloc(be, ESP_MEM_WEIGHTS, s->out * width);
+  st = data ? ESP_OK : esp_backend_why_null(be);
+  if (st) goto out;
+  if (ss->weight && !counting) ESP_GOTO(esp_check_finite(ss->weight));
+  for (int64_t r = 0; r < s->out && !counting; r += step) {
+    int64_t k = s->out - r < step ? s->out - r : step;
+    ESP_GOTO(esp_read_rows(m, s, r, k, rows));
+    for (int64_t i = 0; ss->delta && i < k * s->in; i++) rows[i] += ss->delta[r * s->in + i];
+    esp_convert(conv, m->opt.compute, rows, ESP_F32, k * s->in);
+    be->ops->upload(be, (char *)data + r * width, conv, k * width);
+  }
+  if (ss->weight && !counting) esp_st_drop(ss->weight);
+  *t = esp_tensor_2d(data, m->opt.compute, s->out, s->in);
+  *w = (esp_weight){.ops = &dense_ops, .impl = t, .out = s->out, .in = s->in};
+  m->loads++;
+  data = t = NULL;
+out:
+  if (data) be->ops->free(be, data);
+  esp_mem_free(t);
+  esp_mem_free(rows);
+  esp_mem_free(conv);
+  return st;
+}
+
 static esp_status pack_sites(esp_model *m, esp_site **sites, int n, esp_weight *w) {
   esp_status st = ESP_OK;
   esp_tensor t[3];
@@ -152,9 +211,10 @@ static bool can_stack(const esp_group *g) {
 static esp_status settle_group(esp_model *m, esp_group *g) {
   esp_group_state *gs = &m->gs[g->index];
   int trained = 0;
-  bool bias = false;
+  bool bias = false, own = false;
   for (int i = 0; i < g->n_sites; i++) {
     trained += trained_weight(g->sites[i]);
+    own = own || g->sites[i]->product != ESP_PRODUCT_BASE;
     bias = bias || trained_bias(g->sites[i]);
   }
   bool had_bias = gs->bias_trained;
@@ -165,16 +225,20 @@ static esp_status settle_group(esp_model *m, esp_group *g) {
     g->bias = (esp_tensor){0};
   }
   ESP_TRY(load_bias(m, g));
-  if (trained == 0) {
+  if (trained == 0 && !own) {
     gs->mode = ESP_GROUP_PACKED;
     if (!g->weight.ops) ESP_TRY(pack_sites(m, g->sites, g->n_sites, &g->weight));
-  } else if (trained == g->n_sites && can_stack(g)) {
+  } else if (trained == g->n_sites && !own && can_stack(g)) {
     gs->mode = ESP_GROUP_STACKED;
   } else {
     gs->mode = ESP_GROUP_SPLIT;
-    for (int i = 0; i < g->n_sites; i++)
-      if (!trained_weight(g->sites[i]) && !gs->site_weight[i].ops)
+    for (int i = 0; i < g->n_sites; i++) {
+      esp_site *s = g->sites[i];
+      bool dense = s->product == ESP_PRODUCT_OWN_DENSE;
+      if (dense && !gs->site_dense[i].ops) ESP_TRY(dense_site(m, s, &gs->site_dense[i]));
+      if (!dense && !trained_weight(s) && !gs->site_weight[i].ops)
         ESP_TRY(pack_sites(m, &g->sites[i], 1, &gs->site_weight[i]));
+    }
   }
   return ESP_OK;
 }
@@ -285,8 +349,11 @@ void esp_weights_release(esp_model *m) {
   for (int i = 0; i < m->n_groups; i++) {
     esp_group *g = m->groups[i];
     if (g->weight.ops) g->weight.ops->destroy(&g->weight, m->be);
-    for (int k = 0; m->gs && k < 3; k++)
-      if (m->gs[i].site_weight[k].ops) m->gs[i].site_weight[k].ops->destroy(&m->gs[i].site_weight[k], m->be);
+    for (int k = 0; m->gs && k < 3; k++) {
+      esp_weight *packed = &m->gs[i].site_weight[k], *dense = &m->gs[i].site_dense[k];
+      if (packed->ops) packed->ops->destroy(packed, m->be);
+      if (dense->ops) dense->ops->destroy(dense, m->be);
+    }
     if (g->bias.data) m->be->ops->free(m->be, g->bias.data);
   }
   esp_stream_destroy(m->stream, m->be);
