@@ -152,7 +152,8 @@ esp_status esp_adapter_build(esp_model *m, const esp_adapter_cfg *cfg, const cha
   mark_params(a);
   if (kind->init && !esp_backend_counts(a->params->be))
     for (size_t i = 0; i < n; i++)
-      if (a->targeted[i] && (!loading || esp_lora_rewrites_base(a->cfg.init))) ESP_GOTO(kind->init(a, sites[i]));
+      if (a->targeted[i] && (!loading || kind->reads_base || esp_lora_rewrites_base(a->cfg.init)))
+        ESP_GOTO(kind->init(a, sites[i]));
   ESP_GOTO(esp_train_modules_init(a, loading));
 out:
   if (st) {

@@ -53,6 +53,8 @@ int esp_train_modules_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tens
 int esp_train_modules_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy,
                                 esp_tail *tails, int max);
 /* Remembers that the file holds parameter `index` transposed. */
+/* Declares the full copy of a weight or bias; `inner` stands between the module's path and its name in the file. */
+esp_status esp_train_module_add(esp_adapter *a, esp_site *s, const char *inner, bool weight, bool pad);
 esp_status esp_mark_transposed(esp_adapter *a, int index);
 
 /* lora.c */

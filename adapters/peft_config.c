@@ -145,8 +145,13 @@ esp_status esp_adapter_cfg_load(const char *dir, esp_arena *arena, esp_adapter_c
   ESP_GOTO(esp_json_str(j, "peft_type", path, 1, &type));
   int n;
   const char *const *names = esp_adapter_names(&n);
-  for (int i = 0; i < n && !out->type; i++)
-    if (strcmp(esp_adapter_find(names[i])->peft_type, type) == 0) out->type = names[i];
+  for (int i = 0; i < n; i++) {
+    const esp_adapter_kind *k = esp_adapter_find(names[i]);
+    if (strcmp(k->peft_type, type) != 0) continue;
+    bool claimed = k->config_is && k->config_is(j);
+    if (claimed || (!out->type && !k->config_is)) out->type = names[i];
+    if (claimed) break;
+  }
   if (!out->type) {
     st = esp_fail(ESP_ERR_DATA, "%s: peft_type '%s' is not supported", path, type);
     goto out;

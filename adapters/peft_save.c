@@ -160,6 +160,7 @@ static esp_status put_all(const esp_adapter *a, esp_st_writer *w) {
   for (int i = 0; i < a->params->count; i++) {
     int64_t n;
     const char *name = a->params->list[i].name;
+    if (a->params->list[i].local) continue;
     float *x = saved_values(a, i, &n);
     if (!x) return ESP_ERR_MEMORY;
     bool finite = true, zero = true;
@@ -191,6 +192,7 @@ static esp_status write_tensors(const esp_adapter *a, const char *path) {
   for (int i = 0; i < a->params->count; i++) {
     int ndim;
     int64_t shape[ESP_MAX_DIMS];
+    if (a->params->list[i].local) continue;
     saved_shape(a, i, &ndim, shape);
     ESP_GOTO(esp_st_writer_declare(w, a->params->list[i].name, ESP_F32, ndim, shape));
   }

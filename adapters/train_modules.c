@@ -17,11 +17,11 @@ static void attach(esp_adapter *a, esp_site *s) {
   s->trained_bias = a->modules->bias[s->index];
 }
 
-static esp_status add(esp_adapter *a, esp_site *s, bool base_layer, bool weight, bool pad) {
+esp_status esp_train_module_add(esp_adapter *a, esp_site *s, const char *inner, bool weight, bool pad) {
   char name[600];
   /* the module's path in the Hugging Face model; the key in the base's file may lack its first component */
   snprintf(name, sizeof name, "%s%s%s.%s", a->kind->whole_base ? "" : ESP_PEFT_PREFIX, s->path,
-           base_layer ? ".base_layer" : "", weight ? "weight" : "bias");
+           inner, weight ? "weight" : "bias");
   int64_t shape[2] = {s->out, s->in};
   int ndim = 1;
   if (weight && s->kind == ESP_SITE_LINEAR) ndim = 2;
@@ -60,6 +60,11 @@ static bool wants_bias(const esp_adapter *a, const esp_site *s) {
          (strcmp(a->cfg.bias, "lora_only") == 0 && a->targeted[s->index]);
 }
 
+/* PEFT keeps the module itself inside its wrapper. */
+static const char *inner_name(const esp_adapter *a, const esp_site *s) {
+  return a->targeted[s->index] ? ".base_layer" : "";
+}
+
 /* `full` trains one storage once: a tied head shares the parameter of the embedding. */
 static bool share_tied(esp_adapter *a, esp_site *s, esp_site **sites) {
   if (!a->kind->whole_base) return false;
@@ -73,8 +78,8 @@ static bool share_tied(esp_adapter *a, esp_site *s, esp_site **sites) {
 }
 
 static esp_status declare_site(esp_adapter *a, esp_site *s, esp_site **sites) {
-  if (wants_weight(a, s) && !share_tied(a, s, sites)) ESP_TRY(add(a, s, false, true, true));
-  if (wants_bias(a, s)) ESP_TRY(add(a, s, a->targeted[s->index], false, true));
+  if (wants_weight(a, s) && !share_tied(a, s, sites)) ESP_TRY(esp_train_module_add(a, s, "", true, true));
+  if (wants_bias(a, s)) ESP_TRY(esp_train_module_add(a, s, inner_name(a, s), false, true));
   return ESP_OK;
 }
 
@@ -85,12 +90,12 @@ static esp_status declare_group(esp_adapter *a, esp_group *g, esp_site **sites) 
   for (int i = 0; i < g->n_sites; i++) {
     esp_site *s = g->sites[i];
     if (!wants_weight(a, s)) continue;
-    ESP_TRY(add(a, s, false, true, pad));
+    ESP_TRY(esp_train_module_add(a, s, "", true, pad));
     pad = false;
   }
   for (int i = 0; i < g->n_sites; i++) {
     esp_site *s = g->sites[i];
-    if (wants_bias(a, s)) ESP_TRY(add(a, s, a->targeted[s->index], false, true));
+    if (wants_bias(a, s)) ESP_TRY(esp_train_module_add(a, s, inner_name(a, s), false, true));
   }
   return ESP_OK;
 }

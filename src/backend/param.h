@@ -16,6 +16,8 @@ typedef struct esp_param {
   int64_t numel, offset; /* elements; offset into the flat buffers */
   bool decay;            /* weight decay applies */
   bool frozen;           /* kept in the store but not updated */
+  bool local;            /* made again from the configuration: not in the adapter's file */
+  bool pad;              /* begins at an aligned offset */
   int group;             /* learning-rate group, 0 by default */
 } esp_param;
 
