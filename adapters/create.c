@@ -43,6 +43,7 @@ esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter
   COPY_STR(type);
   COPY_STR(init);
   COPY_STR(bias);
+  COPY_STR(mora_type);
   COPY_STR(target_regex);
   COPY_STR(exclude_regex);
   COPY_STR(layers_pattern);

@@ -9,6 +9,7 @@
 
 /* registry.c */
 extern const esp_adapter_kind esp_kind_layers;
+extern const esp_adapter_kind esp_kind_mora;
 extern const esp_adapter_kind esp_kind_lora, esp_kind_full, esp_kind_none;
 
 /* target.c: regular expressions with Python's meaning. A pattern that does not compile never matches: it is refused

@@ -3,7 +3,9 @@
 
 #include "adapters/internal.h"
 
-static const esp_adapter_kind *const kinds[] = {&esp_kind_lora, &esp_kind_full, &esp_kind_none, &esp_kind_layers};
+static const esp_adapter_kind *const kinds[] = {
+    &esp_kind_lora, &esp_kind_full, &esp_kind_none, &esp_kind_layers, &esp_kind_mora,
+};
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };
 
 const esp_adapter_kind *esp_adapter_find(const char *name) {

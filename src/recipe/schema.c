@@ -69,6 +69,8 @@ static const esp_key adapter_keys[] = {
      .help = "token ids whose rows of the input embedding are trained"},
     {"top_layers", ESP_T_INT, AT(adapter.top_layers), .def = "0", RANGE(0, 100000),
      .help = "layers: the last so many blocks are trained; 0: those that `layers` names"},
+    {"mora_type", ESP_T_WORD, AT(adapter.mora_type), .def = "sharing", WORDS("sharing", "rotation"),
+     .help = "mora: how x is shrunk to the square matrix and its result grown again"},
 };
 
 static const esp_key data_keys[] = {

@@ -190,6 +190,8 @@ bad "layers without any" 2 "adapter.top_layers: the kind layers needs top_layers
 bad "layers said twice" 2 "adapter.top_layers: layers was given too" $no run r.yaml adapter.type=layers adapter.top_layers=1 'adapter.layers=[0]'
 bad "more top layers than there are" 2 "adapter.top_layers: 9, the base has 2 layers" $no run r.yaml adapter.type=layers adapter.top_layers=9
 bad "a trained layer that is not there" 2 "adapter.layers: there is no layer 5, the base has 2" $no run r.yaml adapter.type=layers 'adapter.layers=[5]'
+bad "a square matrix wider than the module" 2 "adapter.r: the square matrix of mora would be [0-9]+ wide" $no run r.yaml adapter.type=mora adapter.r=4000
+bad "mora of a scaled kind" 2 "adapter.rslora: is for lora" $no run r.yaml adapter.type=mora adapter.rslora=true
 bad "adapter missing" 3 "noadapter" $no eval r.yaml -a noadapter
 bad "adapter_config.json missing" 3 "adapter_config.json" "rm $ad/adapter_config.json" eval r.yaml -a $ad
 bad "adapter_config.json not JSON" 3 "adapter_config.json:[0-9]+" "replace $ad/adapter_config.json '{'" eval r.yaml -a $ad
