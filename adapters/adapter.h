@@ -69,7 +69,9 @@ typedef struct esp_adapter_kind {
   bool whole_base; /* every weight of the base is a trained parameter (`full`) */
   bool on_host;    /* its hooks do work on the host in each pass: a pass is then never replayed from a recording */
   bool reads_base; /* init keeps something of the base: it also runs before the values of a file are set */
-  bool needs_dx;   /* gradients are made in input_bwd: dx is wanted even where nothing below is trained */
+  /* Optional: gradients of this site are made in input_bwd, so dx is wanted even where nothing below is trained. */
+  bool (*needs_dx)(const esp_adapter *a, const esp_site *s);
+  bool alone;      /* its change is no sum: no other active adapter on the same site, and no weight other than 1 */
 
   /* Optional. open: before anything is declared: checks that need the base; may declare parameters that belong to no
    * site. trains: the module is trained in full, as if modules_to_save named it. */

@@ -156,7 +156,8 @@ static int on_lowest_layer(void *ctx) {
     for (int i = 0; i < n; i++) {
       if (!a->targeted[i]) continue;
       int at = sites[i]->kind == ESP_SITE_EMBED ? -1 : sites[i]->layer < 0 ? layers : sites[i]->layer;
-      at -= a->kind->needs_dx && at >= 0; /* the gradient of the lowest site's input is that of what lies below */
+      /* the gradient of the lowest site's input is that of what lies below */
+      at -= at >= 0 && a->kind->needs_dx && a->kind->needs_dx(a, sites[i]);
       if (at < low) low = at;
     }
   }
@@ -239,11 +240,27 @@ static esp_status attach_modules(esp_model *m, esp_adapter **list, int n) {
   return ESP_OK;
 }
 
+/* A change that multiplies the weight depends on what else is there: sums are for kinds that add. */
+static esp_status check_alone(const esp_adapter *a, const esp_adapter *b) {
+  if (!a->kind->alone && !b->kind->alone) return ESP_OK;
+  esp_site **sites;
+  int n = esp_model_sites(a->model, &sites);
+  for (int i = 0; i < n; i++)
+    if (a->targeted[i] && b->targeted[i])
+      return esp_fail(ESP_ERR_RECIPE, "adapters '%s' (%s) and '%s' (%s) cannot both be active on %s", a->name,
+                      a->kind->name, b->name, b->kind->name, sites[i]->path);
+  return ESP_OK;
+}
+
 esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n) {
   for (int i = 0; i < n; i++) {
     if (list[i]->model != m) return esp_fail(ESP_ERR_INTERNAL, "adapter '%s' belongs to another model", list[i]->name);
     for (int k = 0; k < i; k++)
       if (list[k] == list[i]) return esp_fail(ESP_ERR_RECIPE, "adapter '%s' is named twice", list[i]->name);
+    for (int k = 0; k < i; k++) ESP_TRY(check_alone(list[k], list[i]));
+    if (list[i]->kind->alone && list[i]->weight != 1.0)
+      return esp_fail(ESP_ERR_RECIPE, "adapter '%s': %s has no weight other than 1", list[i]->name,
+                      list[i]->kind->name);
   }
   ESP_TRY(install(m, list, n));
   return attach_modules(m, list, n);
