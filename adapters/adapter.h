@@ -45,6 +45,9 @@ typedef struct esp_adapter_cfg {
   const int32_t *trainable_tokens; /* rows of the input embedding that are trained */
   int n_trainable_tokens;
   uint64_t seed;
+  /* lokr */
+  bool decompose_both;
+  int64_t decompose_factor; /* 0: divisors near the root */
   /* adalora, and kinds whose ranks are moved by importance; steps below 1 are a share of the task's */
   int64_t target_r, interval;
   double tinit, tfinal, beta1, beta2, orth_weight;
@@ -53,8 +56,13 @@ typedef struct esp_adapter_cfg {
   int n_kept;
   /* layers */
   int64_t top_layers; /* the last so many blocks; 0: those of `layers` */
+  /* s2ft: per block */
+  int64_t s2ft_heads, s2ft_channels;
   /* mora */
   const char *mora_type; /* sharing (NULL: this) | rotation */
+  /* miss */
+  const char *miss_type; /* default (NULL: this) | mini */
+  int64_t mini_r;
 } esp_adapter_cfg;
 
 typedef struct esp_adapter esp_adapter;
@@ -68,10 +76,10 @@ typedef struct esp_adapter_kind {
   bool targets;    /* reads target, exclude, layers; false: `full` and `none` */
   bool whole_base; /* every weight of the base is a trained parameter (`full`) */
   bool on_host;    /* its hooks do work on the host in each pass: a pass is then never replayed from a recording */
+  bool alone;      /* its change is no sum: no other active adapter on the same site, and no weight other than 1 */
   bool reads_base; /* init keeps something of the base: it also runs before the values of a file are set */
   /* Optional: gradients of this site are made in input_bwd, so dx is wanted even where nothing below is trained. */
   bool (*needs_dx)(const esp_adapter *a, const esp_site *s);
-  bool alone;      /* its change is no sum: no other active adapter on the same site, and no weight other than 1 */
 
   /* Optional. open: before anything is declared: checks that need the base; may declare parameters that belong to no
    * site. trains: the module is trained in full, as if modules_to_save named it. */

@@ -8,9 +8,18 @@
 #define ESP_PEFT_PREFIX "base_model.model."
 
 /* registry.c */
-extern const esp_adapter_kind esp_kind_layers;
+extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr;
+extern const esp_adapter_kind esp_kind_layers, esp_kind_s2ft;
 extern const esp_adapter_kind esp_kind_mora;
 extern const esp_adapter_kind esp_kind_lora, esp_kind_full, esp_kind_none;
+
+extern const esp_adapter_kind esp_kind_miss;
+extern const esp_adapter_kind esp_kind_bat;
+
+/* miss.c: for kinds that have one rank, one start and no bias of their own */
+esp_status esp_plain_config_check(const esp_adapter_cfg *c);
+void esp_miss_config_write(const esp_adapter *a, struct json_t *j);
+esp_status esp_miss_config_read(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);
 
 /* target.c: regular expressions with Python's meaning. A pattern that does not compile never matches: it is refused
  * earlier by esp_regex_check. */
@@ -53,9 +62,9 @@ void esp_train_modules_embed_bwd(esp_adapter *a, esp_run *run, esp_site *s, cons
 int esp_train_modules_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max);
 int esp_train_modules_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy,
                                 esp_tail *tails, int max);
-/* Remembers that the file holds parameter `index` transposed. */
 /* Declares the full copy of a weight or bias; `inner` stands between the module's path and its name in the file. */
 esp_status esp_train_module_add(esp_adapter *a, esp_site *s, const char *inner, bool weight, bool pad);
+/* Remembers that the file holds parameter `index` transposed. */
 esp_status esp_mark_transposed(esp_adapter *a, int index);
 
 /* lora.c */

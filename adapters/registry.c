@@ -4,7 +4,7 @@
 #include "adapters/internal.h"
 
 static const esp_adapter_kind *const kinds[] = {
-    &esp_kind_lora, &esp_kind_full, &esp_kind_none, &esp_kind_layers, &esp_kind_mora,
+    &esp_kind_lora, &esp_kind_loha, &esp_kind_lokr, &esp_kind_full, &esp_kind_none, &esp_kind_layers, &esp_kind_s2ft, &esp_kind_mora,
 };
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };
 

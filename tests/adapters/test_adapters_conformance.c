@@ -17,6 +17,10 @@ typedef struct row {
 #define LORA .type = "lora", .r = 4, .alpha = 6, .seed = 5
 
 #define MORA .type = "mora", .r = 4, .seed = 5
+#define S2FT .type = "s2ft", .r = 1, .seed = 5
+
+#define LOHA .type = "loha", .r = 3, .alpha = 60, .seed = 5
+#define LOKR .type = "lokr", .r = 2, .alpha = 20, .seed = 5
 
 static const row rows[] = {
     {"lora qv", "qwen", {LORA, NAMES("q_proj", "v_proj")}, false},
@@ -73,9 +77,23 @@ static const row rows[] = {
      "gpt2",
      {.type = "mora", .r = 2, .seed = 5, .mora_type = "rotation", .dropout = 0.2, NAMES("c_attn", "c_proj", "c_fc")},
      false},
+    {"loha", "qwen", {LOHA, NAMES("all-linear")}, false},
+    {"loha conv1d", "gpt2", {LOHA, NAMES("c_attn", "c_proj", "c_fc")}, false},
+    {"loha patterns",
+     "qwen",
+     {LOHA, NAMES("q_proj", "v_proj", "gate_proj"), .rank_pattern = (const esp_pattern[]){{"v_proj", 2}},
+      .n_rank_pattern = 1, .alpha_pattern = (const esp_pattern[]){{"q_proj", 90}}, .n_alpha_pattern = 1},
+     false},
+    {"lokr", "qwen", {LOKR, NAMES("all-linear")}, false},
+    {"lokr whole", "qwen", {.type = "lokr", .r = 8, .alpha = 20, .seed = 5, NAMES("q_proj", "v_proj", "down_proj")}, false},
+    {"lokr both", "gpt2", {LOKR, .decompose_both = true, NAMES("c_attn", "c_proj", "c_fc")}, false},
+    {"lokr factor", "qwen", {LOKR, .decompose_factor = 4, NAMES("k_proj", "up_proj", "down_proj")}, false},
     {"full", "qwen", {.type = "full"}, false},
     {"full tied", "llama", {.type = "full"}, false},
     {"full gpt2", "gpt2", {.type = "full"}, false},
+    {"s2ft all", "qwen", {S2FT, .s2ft_heads = 3, .s2ft_channels = 20, NAMES("all-linear")}, false},
+    {"s2ft columns", "llama", {S2FT, .s2ft_heads = 1, .s2ft_channels = 16, NAMES("o_proj", "down_proj")}, false},
+    {"s2ft conv1d", "gpt2", {S2FT, .s2ft_heads = 2, .s2ft_channels = 9, NAMES("c_attn", "c_proj", "c_fc")}, false},
     {"layers top", "qwen", {.type = "layers", .top_layers = 1}, false},
     {"layers named gpt2", "gpt2", {.type = "layers", .layers = (const int[]){0}, .n_layers = 1}, false},
     {"layers and head",
