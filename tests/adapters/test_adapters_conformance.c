@@ -21,6 +21,7 @@ typedef struct row {
 
 #define LOHA .type = "loha", .r = 3, .alpha = 60, .seed = 5
 #define LOKR .type = "lokr", .r = 2, .alpha = 20, .seed = 5
+#define S2FT .type = "s2ft", .r = 1, .seed = 5
 
 static const row rows[] = {
     {"lora qv", "qwen", {LORA, NAMES("q_proj", "v_proj")}, false},
