@@ -192,6 +192,10 @@ bad "more top layers than there are" 2 "adapter.top_layers: 9, the base has 2 la
 bad "a trained layer that is not there" 2 "adapter.layers: there is no layer 5, the base has 2" $no run r.yaml adapter.type=layers 'adapter.layers=[5]'
 bad "a square matrix wider than the module" 2 "adapter.r: the square matrix of mora would be [0-9]+ wide" $no run r.yaml adapter.type=mora adapter.r=4000
 bad "mora of a scaled kind" 2 "adapter.rslora: is for lora" $no run r.yaml adapter.type=mora adapter.rslora=true
+bad "more heads than there are" 2 "adapter.s2ft_heads: must be in 1 to [0-9]+, the heads of the base, is 99" $no run r.yaml adapter.type=s2ft adapter.s2ft_heads=99 adapter.s2ft_channels=4
+bad "more channels than there are" 2 "adapter.s2ft_channels: must be in 1 to [0-9]+, the channels of the base, is 9999" $no run r.yaml adapter.type=s2ft adapter.s2ft_channels=9999
+bad "slabs of the output head" 2 "adapter.target: lm_head has neither heads nor channels" $no run r.yaml adapter.type=s2ft adapter.s2ft_channels=4 'adapter.target=[lm_head]'
+bad "slabs with dropout" 2 "adapter.dropout: s2ft has none" $no run r.yaml adapter.type=s2ft adapter.dropout=0.1
 bad "adapter missing" 3 "noadapter" $no eval r.yaml -a noadapter
 bad "adapter_config.json missing" 3 "adapter_config.json" "rm $ad/adapter_config.json" eval r.yaml -a $ad
 bad "adapter_config.json not JSON" 3 "adapter_config.json:[0-9]+" "replace $ad/adapter_config.json '{'" eval r.yaml -a $ad
