@@ -13,12 +13,21 @@ static const struct {
   const char *name, *base;
   bool trains;
 } cases[] = {
-    {"llama", "llama", true},           {"gpt2", "gpt2", true},
-    {"patterns", "mistral", true},      {"embedding", "qwen3", true},
-    {"modules_to_save", "qwen3", true}, {"tokens_tied", "llama", true},
-    {"tokens_untied", "mistral", true}, {"lora_bias", "llama_bias", true},
-    {"bias_lora_only", "qwen2", true},  {"layers", "llama", true},
-    {"pissa", "llama", false},          {"olora", "mistral", false},
+    {"llama", "llama", true},
+    {"gpt2", "gpt2", true},
+    {"patterns", "mistral", true},
+    {"embedding", "qwen3", true},
+    {"modules_to_save", "qwen3", true},
+    {"tokens_tied", "llama", true},
+    {"tokens_untied", "mistral", true},
+    {"lora_bias", "llama_bias", true},
+    {"bias_lora_only", "qwen2", true},
+    {"layers", "llama", true},
+    {"pissa", "llama", false},
+    {"olora", "mistral", false},
+    {"loha", "llama", true},
+    {"lokr", "qwen3", true},
+    {"lokr_both", "mistral", true},
 };
 
 static const char *golden(const char *what, const char *name) {
@@ -73,11 +82,12 @@ static void free_batch(batch *b) {
   test_free((void *)(uintptr_t)b->b.positions);
 }
 
-/* Parameter i (master or gradient) in the file's orientation: only the A of an embedding is stored turned. */
+/* Parameter i (master or gradient) in the file's orientation: the A of an embedding and LoHa's right factors are stored
+ * turned. */
 static void in_file_order(const esp_adapter *a, int i, const float *flat, float *out) {
   const esp_param *p = &a->params->list[i];
   const float *x = flat + p->offset;
-  bool turned = strstr(p->name, "lora_embedding_A") != NULL;
+  bool turned = strstr(p->name, "lora_embedding_A") || strstr(p->name, "hada_w1_b") || strstr(p->name, "hada_w2_b");
   for (int64_t k = 0; k < p->numel; k++) out[turned ? (k % p->shape[1]) * p->shape[0] + k / p->shape[1] : k] = x[k];
 }
 

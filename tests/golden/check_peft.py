@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from make_peft import CASES, HERE, batches  # noqa: E402
+from make_peft import CASES, HERE, batches, seed_of  # noqa: E402
 
 
 def check(folder, base, out, seed):
@@ -54,8 +54,8 @@ def check(folder, base, out, seed):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     failed = 0
-    for i, (folder, base, _, _) in enumerate(CASES):
-        message = check(folder, base, sys.argv[1], 200 + i)
+    for folder, base, _, _ in CASES:
+        message = check(folder, base, sys.argv[1], seed_of(folder))
         if message:
             failed += 1
             print(f"{folder}: {message}")

@@ -2,7 +2,7 @@
 """Makes tests/golden/peft: adapters, gradients, 20 training steps and target matching as PEFT does them.
 
 Made with torch 2.15.0, transformers 5.23.0 and peft 0.21.2 over the bases of tests/golden/models:
-    python tests/golden/make_peft.py
+    python tests/golden/make_peft.py [folder ...]
 Each folder holds start/ (an adapter directory as PEFT saves it, with random values everywhere) and expect.safetensors:
   ids.k, targets.k, weights.k, cu    four batches of two sequences packed in one row
   logits [T, vocab]                  of batch 0 with the start adapter
@@ -13,7 +13,10 @@ targets.json: check_target_module_exists and get_pattern_key on a list of cases.
 import json
 import os
 import shutil
+import sys
+import zlib
 
+import peft
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -23,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# (folder, base, LoraConfig, trained here)
+# (folder, base, LoraConfig or what `kind` names, trained here)
 CASES = [
     ("llama", "llama", dict(r=4, lora_alpha=6, target_modules=ALL), True),
     ("gpt2", "gpt2", dict(r=3, lora_alpha=5, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, bias="all"), True),
@@ -38,8 +41,17 @@ CASES = [
     ("layers", "llama", dict(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers"), True),
     ("pissa", "llama", dict(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"), False),
     ("olora", "mistral", dict(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"], init_lora_weights="olora"), False),
+    ("loha", "llama", dict(kind="LoHaConfig", r=3, alpha=24, target_modules=ALL, rank_pattern={"k_proj": 2}, alpha_pattern={"up_proj": 9}), True),
+    ("lokr", "qwen3", dict(kind="LoKrConfig", r=2, alpha=8, target_modules=ALL, rank_pattern={"v_proj": 4}), True),
+    ("lokr_both", "mistral", dict(kind="LoKrConfig", r=1, alpha=4, target_modules=["q_proj", "gate_proj", "down_proj"],
+                                  decompose_both=True, decompose_factor=12), True),
 ]
 LENGTHS = [11, 17]
+
+
+def seed_of(folder):
+    at = [case[0] for case in CASES].index(folder)
+    return 200 + (at if at < 12 else zlib.crc32(folder.encode()) % 1000)
 
 
 def batches(vocab, seed):
@@ -81,7 +93,9 @@ def make(folder, base, config, train, seed):
     shutil.rmtree(out, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(os.path.join(HERE, "models", base), dtype=torch.float32,
                                                  attn_implementation="eager")
-    config = LoraConfig(task_type="CAUSAL_LM", **{"init_lora_weights": False, **config})
+    kind = config.get("kind", "LoraConfig")
+    first = {"init_lora_weights": False} if kind == "LoraConfig" else {}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **{**first, **{k: v for k, v in config.items() if k != "kind"}})
     model = get_peft_model(model, config).train()  # no dropout in any base
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout):
@@ -93,7 +107,8 @@ def make(folder, base, config, train, seed):
             elif p.requires_grad:
                 p.mul_(1.0 + 0.2 * torch.randn_like(p))
     config.base_model_name_or_path = base
-    config.init_lora_weights = True if train else config.init_lora_weights
+    if kind == "LoraConfig":
+        config.init_lora_weights = True if train else config.init_lora_weights
     model.save_pretrained(os.path.join(out, "start"))
     os.remove(os.path.join(out, "start", "README.md"))
     data, cu = batches(45, seed)
@@ -163,6 +178,8 @@ def targets():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for i, case in enumerate(CASES):
-        make(*case, 200 + i)
-    targets()
+    for case in CASES:
+        if len(sys.argv) == 1 or case[0] in sys.argv[1:]:
+            make(*case, seed_of(case[0]))
+    if len(sys.argv) == 1:
+        targets()
