@@ -54,6 +54,14 @@ typedef struct esp_adapter_cfg {
   int64_t total_step; /* from a file: what tinit and tfinal were steps of */
   const esp_kept *kept;
   int n_kept;
+  /* ia3: modules whose input is scaled, in the place of the output */
+  const char *const *feedforward;
+  int n_feedforward;
+  const char *feedforward_regex;
+  /* vera */
+  int64_t projection_key; /* seed of the shared projections */
+  bool no_projection;     /* they are not in the file */
+  double d_initial;
   /* layers */
   int64_t top_layers; /* the last so many blocks; 0: those of `layers` */
   /* s2ft: per block */
@@ -63,6 +71,13 @@ typedef struct esp_adapter_cfg {
   /* miss */
   const char *miss_type; /* default (NULL: this) | mini */
   int64_t mini_r;
+  /* hra */
+  bool apply_gs;
+  /* olora_cl, incremental_rank: tasks there is room for, the present one, those that were begun; 0 of the first: 1 */
+  int tasks, task, begun;
+  /* olora_cl */
+  const char *orthogonal; /* l1 (NULL: this) | frobenius */
+  double orthogonal_lambda;
 } esp_adapter_cfg;
 
 typedef struct esp_adapter esp_adapter;
@@ -144,6 +159,9 @@ typedef struct esp_adapter_kind {
 
   /* After parameters were filled from a file. NULL: nothing to do. */
   esp_status (*loaded)(esp_adapter *a);
+
+  /* Optional: whether a parameter is written to the adapter's file. */
+  bool (*in_file)(const esp_adapter *a, int index);
 
   /* rows [r0, r0+n) of the effective weight, fp32 host: in: w holds the base rows [n, in]; out: the merged rows. Used
    * by merge, export and extraction only, never in a step. */

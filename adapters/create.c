@@ -38,20 +38,37 @@ static esp_status copy_bytes(esp_arena *arena, const void *in, size_t bytes, voi
   return ESP_OK;
 }
 
+static esp_status copy_kept(esp_arena *arena, const esp_kept *in, int n, const esp_kept **out) {
+  esp_kept *list = esp_arena_alloc(arena, (size_t)(n ? n : 1) * sizeof *list);
+  if (!list) return ESP_ERR_MEMORY;
+  for (int i = 0; i < n; i++) {
+    list[i] = in[i];
+    if (!(list[i].path = esp_arena_strdup(arena, in[i].path))) return ESP_ERR_MEMORY;
+    ESP_TRY(copy_bytes(arena, in[i].keep, (size_t)in[i].n, &list[i].keep));
+  }
+  *out = list;
+  return ESP_OK;
+}
+
 esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter_cfg *out) {
   *out = *in;
   COPY_STR(type);
   COPY_STR(init);
   COPY_STR(bias);
   COPY_STR(mora_type);
+  COPY_STR(orthogonal);
+  COPY_STR(miss_type);
   COPY_STR(target_regex);
   COPY_STR(exclude_regex);
   COPY_STR(layers_pattern);
+  COPY_STR(feedforward_regex);
+  ESP_TRY(copy_list(arena, in->feedforward, in->n_feedforward, &out->feedforward));
   ESP_TRY(copy_list(arena, in->target, in->n_target, &out->target));
   ESP_TRY(copy_list(arena, in->exclude, in->n_exclude, &out->exclude));
   ESP_TRY(copy_list(arena, in->modules_to_save, in->n_modules_to_save, &out->modules_to_save));
   ESP_TRY(copy_patterns(arena, in->rank_pattern, in->n_rank_pattern, &out->rank_pattern));
   ESP_TRY(copy_patterns(arena, in->alpha_pattern, in->n_alpha_pattern, &out->alpha_pattern));
+  ESP_TRY(copy_kept(arena, in->kept, in->n_kept, &out->kept));
   ESP_TRY(copy_bytes(arena, in->layers, (size_t)in->n_layers * sizeof *in->layers, &out->layers));
   ESP_TRY(copy_bytes(arena, in->trainable_tokens, (size_t)in->n_trainable_tokens * sizeof(int32_t),
                      &out->trainable_tokens));
@@ -130,6 +147,7 @@ esp_status esp_adapter_build(esp_model *m, const esp_adapter_cfg *cfg, const cha
   a->model = m;
   a->trainable = trainable;
   a->weight = 1.0;
+  a->grad_scale = 1.0f;
   snprintf(a->name, sizeof a->name, "%s", name);
   esp_site **sites;
   esp_group **groups;
@@ -150,6 +168,8 @@ esp_status esp_adapter_build(esp_model *m, const esp_adapter_cfg *cfg, const cha
   }
   ESP_GOTO(esp_train_modules_declare(a));
   ESP_GOTO(esp_params_finalize(a->params, esp_model_compute(m), trainable));
+  for (int i = 0; i < kind->n_states && trainable; i++)
+    ESP_GOTO(esp_params_follow(a->params, &a->state[i], ESP_MEM_OPTIM));
   mark_params(a);
   if (kind->init && !esp_backend_counts(a->params->be))
     for (size_t i = 0; i < n; i++)

@@ -10,11 +10,13 @@
 /* registry.c */
 extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr;
 extern const esp_adapter_kind esp_kind_layers, esp_kind_s2ft;
-extern const esp_adapter_kind esp_kind_mora;
+extern const esp_adapter_kind esp_kind_mora, esp_kind_olora_cl, esp_kind_incremental_rank;
+extern const esp_adapter_kind esp_kind_ia3;
+extern const esp_adapter_kind esp_kind_adalora;
 extern const esp_adapter_kind esp_kind_lora, esp_kind_full, esp_kind_none;
 
 extern const esp_adapter_kind esp_kind_miss;
-extern const esp_adapter_kind esp_kind_bat;
+extern const esp_adapter_kind esp_kind_bat, esp_kind_hra;
 
 /* miss.c: for kinds that have one rank, one start and no bias of their own */
 esp_status esp_plain_config_check(const esp_adapter_cfg *c);
@@ -87,6 +89,15 @@ struct json_t *esp_json_number(double x); /* an integer where it is one */
 struct json_t *esp_json_patterns(const esp_adapter *a, const esp_pattern *list, int n, double fallback, double factor);
 esp_status esp_json_read_patterns(const struct json_t *j, const char *key, const char *path, esp_arena *arena,
                                   const esp_pattern **list, int *n);
+/* A list of names or a regular expression. */
+esp_status esp_json_read_names(const struct json_t *j, const char *key, const char *path, esp_arena *arena,
+                               const char *const **list, int *n, const char **regex);
+/* Keys that not every configuration of PEFT has. refuse: a recipe sets one that the kind does not have. exact_targets:
+ * what LAYERS and EXCLUDE say goes into target_modules as exact paths (ALWAYS: in any case), and their keys out. */
+enum { ESP_CFG_BIAS = 1, ESP_CFG_TOKENS = 2, ESP_CFG_DROPOUT = 4, ESP_CFG_LAYERS = 8, ESP_CFG_EXCLUDE = 16 };
+enum { ESP_CFG_ALWAYS = 32 };
+esp_status esp_config_refuse(const esp_adapter_cfg *c, const char *kind, unsigned keys);
+void esp_config_exact_targets(const esp_adapter *a, struct json_t *j, unsigned keys);
 /* lora_config.c */
 void esp_lora_config_write(const esp_adapter *a, struct json_t *j);
 esp_status esp_lora_config_read(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);

@@ -3,20 +3,43 @@
 
 #include "adapters/internal.h"
 
+/* clang-format off */
 static const esp_adapter_kind *const kinds[] = {
-    &esp_kind_lora, &esp_kind_loha, &esp_kind_lokr, &esp_kind_full, &esp_kind_none, &esp_kind_layers, &esp_kind_s2ft, &esp_kind_mora,
+    &esp_kind_lora,
+    &esp_kind_loha,
+    &esp_kind_lokr,
+    &esp_kind_ia3,
+    &esp_kind_full,
+    &esp_kind_none,
+    &esp_kind_layers,
+    &esp_kind_s2ft,
+    &esp_kind_mora,
+    &esp_kind_olora_cl,
+    &esp_kind_incremental_rank,
+    &esp_kind_adalora,
+    &esp_kind_miss,
+    &esp_kind_bat,
+    &esp_kind_hra,
 };
+/* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };
 
+/* Other spellings in recipes. */
+static const char *const aliases[][2] = {{"o-lora", "olora_cl"}};
+enum { N_ALIASES = sizeof aliases / sizeof aliases[0] };
+
 const esp_adapter_kind *esp_adapter_find(const char *name) {
+  for (int i = 0; i < N_ALIASES; i++)
+    if (strcmp(aliases[i][0], name) == 0) name = aliases[i][1];
   for (int i = 0; i < N_KINDS; i++)
     if (strcmp(kinds[i]->name, name) == 0) return kinds[i];
   return NULL;
 }
 
 const char *const *esp_adapter_names(int *n) {
-  static const char *names[N_KINDS + 1];
+  static const char *names[N_KINDS + N_ALIASES + 1];
   for (int i = 0; i < N_KINDS; i++) names[i] = kinds[i]->name;
-  *n = N_KINDS;
+  for (int i = 0; i < N_ALIASES; i++) names[N_KINDS + i] = aliases[i][0];
+  *n = N_KINDS + N_ALIASES;
   return names;
 }
