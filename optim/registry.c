@@ -32,10 +32,10 @@ esp_status esp_optim_create(const esp_optim_cfg *cfg, esp_params *ps, esp_optim 
   o->cfg.name = kind->name;
   o->params = ps;
   for (int i = 0; i < kind->n_states; i++) {
-    o->state[i] = ps->be->ops->alloc(ps->be, ESP_MEM_OPTIM, ps->total * 4);
-    if (!o->state[i]) {
+    esp_status st = esp_params_follow(ps, &o->state[i], ESP_MEM_OPTIM);
+    if (st) {
       esp_optim_destroy(o);
-      return esp_backend_why_null(ps->be);
+      return st;
     }
   }
   *out = o;
@@ -45,7 +45,7 @@ esp_status esp_optim_create(const esp_optim_cfg *cfg, esp_params *ps, esp_optim 
 void esp_optim_destroy(esp_optim *o) {
   if (!o) return;
   for (int i = 0; i < o->kind->n_states; i++)
-    if (o->state[i]) o->params->be->ops->free(o->params->be, o->state[i]);
+    if (o->state[i]) esp_params_leave(o->params, &o->state[i]);
   esp_mem_free(o);
 }
 

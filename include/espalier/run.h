@@ -46,6 +46,8 @@ typedef struct esp_event {
   double score;                    /* EVAL */
   const char *path;                /* CHECKPOINT, TASK_END, RUN_END */
   const char *text;                /* NOTE */
+  double penalty;                  /* of the adapter kind, beside the loss */
+  int64_t ranks_kept, rank_budget; /* kinds that move ranks: in force, and allowed by the schedule; 0: others */
 } esp_event;
 /* Called on the thread that called the run, on rank 0 only. Strings live until it returns. */
 typedef void (*esp_event_fn)(void *ctx, const esp_event *event);

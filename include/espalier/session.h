@@ -32,6 +32,7 @@ typedef struct esp_example { /* one sample: weights[i] is the loss weight of pre
 typedef struct esp_step_result {
   int64_t step; /* 1-based */
   double loss, accuracy, grad_norm, lr, trained_tokens, seconds;
+  double penalty; /* of the adapter kind, beside the loss */
 } esp_step_result;
 
 /* Text to ids (esp_free) and back. `special`: add what the tokenizer's post-processor adds (BOS and the like). */

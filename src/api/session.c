@@ -207,6 +207,10 @@ esp_status esp_session_step(esp_session *s, const esp_example *list, int n, esp_
   if (!s->attached) return esp_fail(ESP_ERR_RECIPE, "session: nothing to train (attach an adapter first)");
   ESP_GOTO(one_pass(s, list, n, true, &p, &loss));
   esp_optim *o = s->engine.optim;
+  esp_adapter *a = s->engine.adapter;
+  /* How many steps its caller will do is known from the settings only. */
+  int64_t total = s->recipe->train.max_steps > 0 ? s->recipe->train.max_steps : 0;
+  if (a->kind->before_step) r.penalty = a->kind->before_step(a, s->step, total);
   r.grad_norm = esp_optim_grad_norm(o);
   fill(&p, &loss, began, &r);
   if (!isfinite(r.loss) || !isfinite(r.grad_norm))
@@ -214,11 +218,11 @@ esp_status esp_session_step(esp_session *s, const esp_example *list, int n, esp_
                       r.grad_norm));
   double most = s->recipe->optim.max_grad_norm;
   r.lr = s->recipe->optim.lr * s->lr_factor;
-  esp_optim_step(o, r.lr, most > 0 && r.grad_norm > most ? (float)(most / r.grad_norm) : 1.0f);
+  a->grad_scale = most > 0 && r.grad_norm > most ? (float)(most / r.grad_norm) : 1.0f;
+  esp_optim_step(o, r.lr, a->grad_scale);
   ESP_GOTO(esp_backend_sync(s->engine.be));
   r.step = ++s->step;
-  const esp_adapter_kind *kind = s->engine.adapter->kind;
-  if (kind->after_step) ESP_TRY(kind->after_step(s->engine.adapter, s->step, s->step));
+  if (a->kind->after_step) ESP_GOTO(a->kind->after_step(a, s->step, total));
   r.seconds = esp_now() - began;
   if (out) *out = r;
 out:

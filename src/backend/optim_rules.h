@@ -13,7 +13,13 @@
 #define ESP_RULE_FN static inline __attribute__((always_inline))
 #endif
 
-typedef enum esp_optim_rule { ESP_RULE_ADAMW, ESP_RULE_SGD, ESP_RULES } esp_optim_rule;
+typedef enum esp_optim_rule {
+  ESP_RULE_ADAMW,
+  ESP_RULE_SGD,
+  ESP_RULE_SENSITIVITY, /* running statistics and proximal steps of adapter kinds: elementwise in the same way */
+  ESP_RULE_SHRINK,
+  ESP_RULES
+} esp_optim_rule;
 
 /* AdamW (Loshchilov and Hutter, arXiv 1711.05101), as torch.optim.AdamW orders it:
  *   p <- p (1 - lr wd);  m <- m + (g - m)(1 - b1);  v <- b2 v + (1 - b2) g^2
@@ -44,6 +50,23 @@ ESP_RULE_FN float esp_rule_sgd(float p, float g, float *b, const float *h) {
   *b = bb;
   float d = h[ESP_SGD_NESTEROV] != 0.0f ? gg + h[ESP_SGD_MU] * bb : bb;
   return p - h[ESP_SGD_LR] * d;
+}
+
+/* Sensitivity of a parameter and its uncertainty (AdaLoRA, Zhang et al. 2023, arXiv:2303.10512, eq. 9 and 10); the
+ * parameter stays:  i = |p g|;  I <- b1 I + (1 - b1) i;  U <- b2 U + (1 - b2) |i - I|, with the new I */
+enum { ESP_SENS_B1, ESP_SENS_1MB1, ESP_SENS_B2, ESP_SENS_1MB2 };
+ESP_RULE_FN float esp_rule_sensitivity(float p, float g, float *mean, float *unc, const float *h) {
+  float i = fabsf(p * g), m = h[ESP_SENS_B1] * *mean + h[ESP_SENS_1MB1] * i;
+  *mean = m;
+  *unc = h[ESP_SENS_B2] * *unc + h[ESP_SENS_1MB2] * fabsf(i - m);
+  return p;
+}
+
+/* Soft threshold, the proximal step of k |p|:  p <- sign(p) max(|p| - k, 0) */
+enum { ESP_SHRINK_K };
+ESP_RULE_FN float esp_rule_shrink(float p, const float *h) {
+  float rest = fabsf(p) - h[ESP_SHRINK_K];
+  return rest > 0.0f ? copysignf(rest, p) : 0.0f;
 }
 
 #endif

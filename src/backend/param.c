@@ -43,7 +43,7 @@ int esp_params_add(esp_params *ps, const char *name, int ndim, const int64_t *sh
     ps->cap = cap;
   }
   esp_param *p = &ps->list[ps->count];
-  *p = (esp_param){.ndim = ndim, .numel = 1, .decay = true};
+  *p = (esp_param){.ndim = ndim, .numel = 1, .decay = true, .pad = pad};
   for (int i = 0; i < ESP_MAX_DIMS; i++) p->shape[i] = i < ndim ? shape[i] : 1;
   for (int i = 0; i < ndim; i++) p->numel *= shape[i];
   p->name = esp_arena_strdup(ps->arena, name);
@@ -55,6 +55,7 @@ int esp_params_add(esp_params *ps, const char *name, int ndim, const int64_t *sh
 
 esp_status esp_params_finalize(esp_params *ps, esp_dtype shadow, bool with_grad) {
   esp_backend *be = ps->be;
+  if (esp_backend_counts(be)) ps->total += ps->reserve;
   ps->total = (ps->total + PAD - 1) / PAD * PAD;
   ps->shadow_dtype = shadow;
   ps->master = be->ops->alloc(be, ESP_MEM_PARAMS, ps->total * 4);
@@ -98,6 +99,28 @@ void esp_params_refresh_shadow(esp_params *ps) {
 
 void esp_params_zero_grad(esp_params *ps) {
   if (ps->grad) ps->be->ops->zero(ps->be, ps->grad, ps->total * 4);
+}
+
+esp_status esp_params_follow(esp_params *ps, float **at, esp_mem_kind kind) {
+  if (ps->n_follow == (int)(sizeof ps->follow / sizeof ps->follow[0]))
+    return esp_fail(ESP_ERR_INTERNAL, "too many buffers follow the parameters");
+  *at = ps->be->ops->alloc(ps->be, kind, ps->total * 4);
+  if (!*at) return esp_backend_why_null(ps->be);
+  ps->follow[ps->n_follow] = at;
+  ps->follow_kind[ps->n_follow++] = kind;
+  return ESP_OK;
+}
+
+void esp_params_leave(esp_params *ps, float **at) {
+  if (*at) ps->be->ops->free(ps->be, *at);
+  *at = NULL;
+  for (int i = 0; i < ps->n_follow; i++) {
+    if (ps->follow[i] != at) continue;
+    ps->n_follow--;
+    memmove(&ps->follow[i], &ps->follow[i + 1], (size_t)(ps->n_follow - i) * sizeof ps->follow[0]);
+    memmove(&ps->follow_kind[i], &ps->follow_kind[i + 1], (size_t)(ps->n_follow - i) * sizeof ps->follow_kind[0]);
+    return;
+  }
 }
 
 int esp_params_find(const esp_params *ps, const char *name) {

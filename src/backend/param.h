@@ -30,6 +30,13 @@ typedef struct esp_params {
   esp_dtype shadow_dtype;
   float *master, *grad;
   void *shadow; /* == master when shadow_dtype is ESP_F32 */
+  /* Elements that parameters may grow by in the course of a run (ranks that are added): the counting backend holds them
+   * from the start, so that a plan has the largest sizes. Set before finalize. */
+  int64_t reserve;
+  /* Flat buffers beside the master that belong to its elements, see esp_params_follow. */
+  float **follow[8];
+  esp_mem_kind follow_kind[8];
+  int n_follow;
 } esp_params;
 
 esp_status esp_params_create(esp_backend *be, esp_params **out);
@@ -45,6 +52,10 @@ void esp_params_get(const esp_params *ps, int index, float *host);
 void esp_params_refresh_shadow(esp_params *ps);
 void esp_params_zero_grad(esp_params *ps);
 int esp_params_find(const esp_params *ps, const char *name); /* -1 when absent */
+/* Allocates a flat fp32 buffer of `total` elements at *at (optimizer state, running statistics): it moves with its
+ * parameters when these change their shapes. leave frees it. */
+esp_status esp_params_follow(esp_params *ps, float **at, esp_mem_kind kind);
+void esp_params_leave(esp_params *ps, float **at);
 
 /* Views for forward and backward; rows/cols as declared (1-D: [1, n]). */
 esp_tensor esp_param_shadow(const esp_params *ps, int index);

@@ -16,8 +16,16 @@
 
 /* ---- tensors ---- */
 
-/* One state (which >= 0) or the masters (-1) of a parameter, through a host buffer. values: see esp_checkpoint_write.
- */
+/* The flat buffer `which`: the masters (-1), a state of the optimizer, and behind those a state of the adapter kind. */
+static int optim_states(const esp_engine *e) {
+  return e->optim->kind->n_states;
+}
+static float *buffer(const esp_engine *e, int which) {
+  int n = optim_states(e);
+  return which < 0 ? e->adapter->params->master : which < n ? e->optim->state[which] : e->adapter->state[which - n];
+}
+
+/* The values of a parameter in a buffer, through the host. values: see esp_checkpoint_write. */
 static void get_values(const esp_engine *e, const float *values, int which, int i, float *host) {
   const esp_params *ps = e->adapter->params;
   if (values) {
@@ -29,7 +37,7 @@ static void get_values(const esp_engine *e, const float *values, int which, int 
     return;
   }
   const esp_param *p = &ps->list[i];
-  e->be->ops->download(e->be, host, e->optim->state[which] + p->offset, p->numel * (int64_t)sizeof(float));
+  e->be->ops->download(e->be, host, buffer(e, which) + p->offset, p->numel * (int64_t)sizeof(float));
 }
 static void set_values(esp_engine *e, int which, int i, const float *host) {
   esp_params *ps = e->adapter->params;
@@ -38,7 +46,7 @@ static void set_values(esp_engine *e, int which, int i, const float *host) {
     return;
   }
   const esp_param *p = &ps->list[i];
-  e->be->ops->upload(e->be, e->optim->state[which] + p->offset, host, p->numel * (int64_t)sizeof(float));
+  e->be->ops->upload(e->be, buffer(e, which) + p->offset, host, p->numel * (int64_t)sizeof(float));
 }
 
 static int64_t largest_param(const esp_params *ps) {
@@ -51,7 +59,9 @@ static int64_t largest_param(const esp_params *ps) {
 static char *tensor_name(const esp_engine *e, int which, int i) {
   const char *name = e->adapter->params->list[i].name;
   if (which < 0) return esp_mem_strdup(ESP_MEM_HOST, name);
-  return esp_mem_printf(ESP_MEM_HOST, "%s.%s", e->optim->kind->state_names[which], name);
+  int n = optim_states(e);
+  const char *state = which < n ? e->optim->kind->state_names[which] : e->adapter->kind->state_names[which - n];
+  return esp_mem_printf(ESP_MEM_HOST, "%s.%s", state, name);
 }
 
 static esp_status write_tensors(const esp_engine *e, const float *values, const char *path, int first, int last) {
@@ -126,11 +136,36 @@ out:
   return st;
 }
 
+/* Shapes and the kind's own state, before any value: rank 0 reads, every rank takes it from the same text. */
+static esp_status read_adapter(esp_engine *e, const char *path) {
+  esp_status st = ESP_OK;
+  json_t *j = NULL;
+  char *text = NULL;
+  size_t n = 0;
+  if (e->comm->rank == 0) st = esp_file_read(path, &text, &n);
+  ESP_TRY(esp_comm_agree(e->comm, st));
+  ESP_GOTO(e->comm->ops->broadcast(e->comm, &n, sizeof n, 0));
+  if (e->comm->rank != 0 && !(text = esp_mem_alloc(ESP_MEM_HOST, n + 1))) st = ESP_ERR_MEMORY;
+  ESP_GOTO(esp_comm_agree(e->comm, st));
+  ESP_GOTO(e->comm->ops->broadcast(e->comm, text, n, 0));
+  st = esp_json_parse(text, n, path, &j);
+  if (st == ESP_OK) st = esp_adapter_state_restore(e->adapter, j, path);
+  st = esp_comm_agree(e->comm, st);
+out:
+  json_decref(j);
+  esp_mem_free(text);
+  return st;
+}
+
 esp_status esp_checkpoint_load(esp_engine *e, const char *path) {
   char file[ESP_PATH];
+  int n = optim_states(e), own = e->adapter->kind->n_states;
+  if (esp_adapter_has_state(e->adapter))
+    ESP_TRY(read_adapter(e, esp_path_join(file, sizeof file, path, "adapter.json")));
   ESP_TRY(read_tensors(e, esp_path_join(file, sizeof file, path, "params.safetensors"), -1, 0));
-  if (e->optim->kind->n_states == 0) return ESP_OK;
-  return read_tensors(e, esp_path_join(file, sizeof file, path, "optim.safetensors"), 0, e->optim->kind->n_states);
+  if (n > 0) ESP_TRY(read_tensors(e, esp_path_join(file, sizeof file, path, "optim.safetensors"), 0, n));
+  if (own > 0) ESP_TRY(read_tensors(e, esp_path_join(file, sizeof file, path, "adapter.safetensors"), n, n + own));
+  return ESP_OK;
 }
 
 /* ---- state.json ---- */
@@ -245,7 +280,8 @@ out:
 
 /* ---- manifest ---- */
 
-static const char *const parts[] = {"params.safetensors", "optim.safetensors", "state.json", "matrix.json"};
+static const char *const parts[] = {"params.safetensors", "optim.safetensors",   "state.json",
+                                    "matrix.json",        "adapter.safetensors", "adapter.json"};
 #define N_PARTS (sizeof parts / sizeof *parts)
 
 static esp_status save_manifest(const char *dir) {
@@ -357,6 +393,14 @@ esp_status esp_checkpoint_prune(const esp_recipe *r, int keep) {
   return st;
 }
 
+static esp_status save_adapter_state(const esp_engine *e, const char *path) {
+  json_t *j = esp_adapter_state_json(e->adapter);
+  if (!j) return esp_fail_oom("adapter.json", 1024);
+  esp_status st = esp_json_save(path, j, 0);
+  json_decref(j);
+  return st;
+}
+
 esp_status esp_checkpoint_write(const esp_engine *e, const esp_run_state *s, const esp_task_steps *tasks,
                                 const esp_matrix *matrix, const float *values, char path[ESP_PATH]) {
   char dir[ESP_PATH], name[64], staged[ESP_PATH] = "", file[ESP_PATH];
@@ -369,6 +413,11 @@ esp_status esp_checkpoint_write(const esp_engine *e, const esp_run_state *s, con
   ESP_GOTO(write_tensors(e, values, esp_path_join(file, sizeof file, staged, parts[0]), -1, 0));
   if (e->optim->kind->n_states > 0)
     ESP_GOTO(write_tensors(e, values, esp_path_join(file, sizeof file, staged, parts[1]), 0, e->optim->kind->n_states));
+  int n_optim = optim_states(e), own = e->adapter->kind->n_states;
+  if (own > 0)
+    ESP_GOTO(write_tensors(e, values, esp_path_join(file, sizeof file, staged, parts[4]), n_optim, n_optim + own));
+  if (esp_adapter_has_state(e->adapter))
+    ESP_GOTO(save_adapter_state(e, esp_path_join(file, sizeof file, staged, parts[5])));
   ESP_GOTO(save_state(s, e->r, tasks, esp_path_join(file, sizeof file, staged, parts[2])));
   if (matrix) ESP_GOTO(esp_matrix_save(matrix, esp_path_join(file, sizeof file, staged, parts[3])));
   ESP_GOTO(save_manifest(staged));

@@ -61,6 +61,8 @@ static esp_status begin_task(esp_loop *l, int i, bool first) {
     ESP_TRY(esp_rundir_base(l, base));
     ESP_TRY(esp_comm_agree(l->comm, esp_engine_load(&l->engine, base, &cfg, NULL, true)));
   }
+  esp_adapter *a = l->engine.adapter;
+  if (a->kind->task_begin) ESP_TRY(esp_comm_agree(l->comm, a->kind->task_begin(a, i)));
   esp_status st = esp_engine_optim(&l->engine, &t->optim, !fresh && !l->r->continual.reset_optimizer);
   if (st == ESP_OK && !l->engine.stack_ready) {
     esp_backend *be = l->engine.be;
@@ -163,6 +165,8 @@ static esp_status after_step(esp_loop *l, const esp_recipe_task *t, int64_t task
   e.epoch = epoch_share;
   e.loss = out->loss, e.accuracy = out->accuracy, e.lr = lr, e.grad_norm = out->grad_norm;
   e.tokens = out->tokens, e.trained_tokens = out->weight;
+  e.penalty = out->penalty;
+  e.ranks_kept = l->engine.adapter->ranks, e.rank_budget = l->engine.adapter->budget;
   e.step_seconds = seconds;
   e.tokens_per_second = seconds > 0 ? (double)out->tokens / seconds : 0;
   e.eta_seconds = l->step_seconds * (double)(l->total_steps - at->step);

@@ -102,6 +102,10 @@ esp_status esp_metrics_step(esp_metrics *m, const esp_event *e) {
     number(&b, "seconds", e->step_seconds);
     number(&b, "tokens_per_second", e->tokens_per_second);
     number(&b, "memory_peak", (double)e->memory_peak);
+    if (e->penalty != 0) number(&b, "penalty", e->penalty);
+    if (e->rank_budget > 0)
+      esp_strbuf_printf(&b, ",\"ranks_kept\":%lld,\"rank_budget\":%lld", (long long)e->ranks_kept,
+                        (long long)e->rank_budget);
     ESP_TRY(line(m, &b));
   }
   if (!m->events) return ESP_OK;
@@ -109,6 +113,8 @@ esp_status esp_metrics_step(esp_metrics *m, const esp_event *e) {
   ESP_TRY(scalar(m, e->step, "train/accuracy", e->accuracy));
   ESP_TRY(scalar(m, e->step, "train/lr", e->lr));
   ESP_TRY(scalar(m, e->step, "train/grad_norm", e->grad_norm));
+  if (e->penalty != 0) ESP_TRY(scalar(m, e->step, "train/penalty", e->penalty));
+  if (e->rank_budget > 0) ESP_TRY(scalar(m, e->step, "train/ranks_kept", (double)e->ranks_kept));
   ESP_TRY(scalar(m, e->step, "perf/tokens_per_second", e->tokens_per_second));
   return flush_events(m);
 }

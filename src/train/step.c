@@ -103,6 +103,7 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
                     out->loss);
   double most = e->optim->cfg.max_grad_norm;
   float clip = most > 0 && out->grad_norm > most ? (float)(most / out->grad_norm) : 1.0f;
+  e->adapter->grad_scale = clip;
   esp_optim_step(e->optim, in->lr, clip);
   return esp_backend_sync(e->be);
 }

@@ -32,6 +32,20 @@ template <> struct update_rule<ESP_RULE_SGD> {
     return esp_rule_sgd(p, g, &s[0][i], h);
   }
 };
+template <> struct update_rule<ESP_RULE_SENSITIVITY> {
+  static constexpr int states = 2;
+  template <int N>
+  static __device__ __forceinline__ float step(float p, float g, float (&s)[2][N], int i, const float *h) {
+    return esp_rule_sensitivity(p, g, &s[0][i], &s[1][i], h);
+  }
+};
+template <> struct update_rule<ESP_RULE_SHRINK> {
+  static constexpr int states = 1; /* read and written as it is; the caller gives the gradient's buffer a second time */
+  template <int N>
+  static __device__ __forceinline__ float step(float p, float, float (&)[1][N], int, const float *h) {
+    return esp_rule_shrink(p, h);
+  }
+};
 
 template <int RULE, int N> __device__ __forceinline__ void update_at(const update_run &u, int64_t at) {
   constexpr int S = update_rule<RULE>::states;
@@ -86,6 +100,12 @@ void esp_cuda_update(esp_backend *be, const esp_update_args *a) {
     break;
   case ESP_RULE_SGD:
     ESP_LAUNCH(be, "sgd", update_kernel<ESP_RULE_SGD>, grid, dim3(256), 0, u, quads);
+    break;
+  case ESP_RULE_SENSITIVITY:
+    ESP_LAUNCH(be, "sensitivity", update_kernel<ESP_RULE_SENSITIVITY>, grid, dim3(256), 0, u, quads);
+    break;
+  case ESP_RULE_SHRINK:
+    ESP_LAUNCH(be, "shrink", update_kernel<ESP_RULE_SHRINK>, grid, dim3(256), 0, u, quads);
     break;
   default:
     esp_cuda_fail(be, "update", "rule", "not known to this backend");
