@@ -23,8 +23,8 @@ static esp_status string_list(const json_t *v, const char *key, const char *path
   return ESP_OK;
 }
 
-static esp_status list_or_regex(const json_t *j, const char *key, const char *path, esp_arena *arena,
-                                const char *const **list, int *n, const char **regex) {
+esp_status esp_json_read_names(const json_t *j, const char *key, const char *path, esp_arena *arena,
+                               const char *const **list, int *n, const char **regex) {
   const json_t *v = json_object_get(j, key);
   if (!v || json_is_null(v)) return ESP_OK;
   if (json_is_array(v)) return string_list(v, key, path, arena, list, n);
@@ -126,8 +126,8 @@ static esp_status parse_common(const json_t *j, const char *path, esp_arena *are
   if (json_is_string(b)) bias = json_string_value(b);
   c->bias = esp_arena_strdup(arena, bias);
   if (!c->bias) return ESP_ERR_MEMORY;
-  ESP_TRY(list_or_regex(j, "target_modules", path, arena, &c->target, &c->n_target, &c->target_regex));
-  ESP_TRY(list_or_regex(j, "exclude_modules", path, arena, &c->exclude, &c->n_exclude, &c->exclude_regex));
+  ESP_TRY(esp_json_read_names(j, "target_modules", path, arena, &c->target, &c->n_target, &c->target_regex));
+  ESP_TRY(esp_json_read_names(j, "exclude_modules", path, arena, &c->exclude, &c->n_exclude, &c->exclude_regex));
   ESP_TRY(layers(j, path, arena, c));
   const json_t *v = json_object_get(j, "modules_to_save");
   if (json_is_array(v))

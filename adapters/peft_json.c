@@ -37,3 +37,33 @@ json_t *esp_json_patterns(const esp_adapter *a, const esp_pattern *list, int n, 
   }
   return j;
 }
+
+esp_status esp_config_refuse(const esp_adapter_cfg *c, const char *kind, unsigned keys) {
+  if (keys & ESP_CFG_BIAS && strcmp(c->bias, "none") != 0)
+    return esp_fail(ESP_ERR_RECIPE, "adapter.bias: %s trains no bias beside its own parameters", kind);
+  if (keys & ESP_CFG_TOKENS && c->n_trainable_tokens)
+    return esp_fail(ESP_ERR_RECIPE, "adapter.trainable_tokens: %s does not have it", kind);
+  if (keys & ESP_CFG_DROPOUT && c->dropout > 0) return esp_fail(ESP_ERR_RECIPE, "adapter.dropout: %s has none", kind);
+  return ESP_OK;
+}
+
+void esp_config_exact_targets(const esp_adapter *a, json_t *j, unsigned keys) {
+  const esp_adapter_cfg *c = &a->cfg;
+  bool exact = keys & ESP_CFG_ALWAYS;
+  if (keys & ESP_CFG_LAYERS) {
+    exact |= c->n_layers > 0;
+    json_object_del(j, "layers_to_transform");
+    json_object_del(j, "layers_pattern");
+  }
+  if (keys & ESP_CFG_EXCLUDE) {
+    exact |= c->n_exclude > 0 || c->exclude_regex;
+    json_object_del(j, "exclude_modules");
+  }
+  if (!exact) return;
+  esp_site **sites;
+  int n = esp_model_sites(a->model, &sites);
+  json_t *list = json_array();
+  for (int i = 0; i < n; i++)
+    if (a->targeted[i]) json_array_append_new(list, json_string(sites[i]->path));
+  json_object_set_new(j, "target_modules", list);
+}
