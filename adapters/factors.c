@@ -67,12 +67,17 @@ double esp_factor_scale(const esp_adapter *a, const esp_site *s, int64_t r) {
   return esp_pattern_value(a->cfg.alpha_pattern, a->cfg.n_alpha_pattern, s->path, a->cfg.alpha) / (double)r;
 }
 
-void esp_lycoris_config_write(const esp_adapter *a, json_t *j) {
+void esp_factor_config_write(const esp_adapter *a, json_t *j) {
   const esp_adapter_cfg *c = &a->cfg;
   json_object_set_new(j, "r", esp_json_number((double)c->r));
   json_object_set_new(j, "alpha", esp_json_number(c->alpha));
   json_object_set_new(j, "rank_pattern", esp_json_patterns(a, c->rank_pattern, c->n_rank_pattern, (double)c->r, 1));
   json_object_set_new(j, "alpha_pattern", esp_json_patterns(a, c->alpha_pattern, c->n_alpha_pattern, c->alpha, 1));
+}
+
+void esp_lycoris_config_write(const esp_adapter *a, json_t *j) {
+  const esp_adapter_cfg *c = &a->cfg;
+  esp_factor_config_write(a, j);
   json_object_set_new(j, "rank_dropout", json_real(0.0));
   json_object_set_new(j, "module_dropout", json_real(0.0));
   json_object_set_new(j, "use_effective_conv2d", json_false()); /* convolutions only */
@@ -82,17 +87,21 @@ void esp_lycoris_config_write(const esp_adapter *a, json_t *j) {
   if (!c->n_trainable_tokens) json_object_del(j, "trainable_token_indices");
 }
 
-esp_status esp_lycoris_config_read(const json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c) {
-  double rank_dropout = 0, module_dropout = 0;
+esp_status esp_factor_config_read(const json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c) {
   c->r = 8;
   c->alpha = 8;
   ESP_TRY(esp_json_i64(j, "r", path, 0, &c->r));
   ESP_TRY(esp_json_f64(j, "alpha", path, 0, &c->alpha));
+  ESP_TRY(esp_json_read_patterns(j, "rank_pattern", path, arena, &c->rank_pattern, &c->n_rank_pattern));
+  return esp_json_read_patterns(j, "alpha_pattern", path, arena, &c->alpha_pattern, &c->n_alpha_pattern);
+}
+
+esp_status esp_lycoris_config_read(const json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c) {
+  double rank_dropout = 0, module_dropout = 0;
   ESP_TRY(esp_json_f64(j, "rank_dropout", path, 0, &rank_dropout));
   ESP_TRY(esp_json_f64(j, "module_dropout", path, 0, &module_dropout));
   if (rank_dropout != 0 || module_dropout != 0)
     return esp_fail(ESP_ERR_DATA, "%s: %s is not supported: set it to 0, which changes nothing outside training", path,
                     rank_dropout != 0 ? "rank_dropout" : "module_dropout");
-  ESP_TRY(esp_json_read_patterns(j, "rank_pattern", path, arena, &c->rank_pattern, &c->n_rank_pattern));
-  return esp_json_read_patterns(j, "alpha_pattern", path, arena, &c->alpha_pattern, &c->n_alpha_pattern);
+  return esp_factor_config_read(j, path, arena, c);
 }

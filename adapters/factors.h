@@ -29,7 +29,10 @@ esp_status esp_factor_check(const esp_adapter_cfg *c);
 double esp_factor_scale(const esp_adapter *a, const esp_site *s, int64_t r); /* alpha / r, alpha_pattern applied */
 int64_t esp_factor_rank(const esp_adapter *a, const esp_site *s);            /* rank_pattern applied */
 
-/* The keys of PEFT's LycorisConfig: r, alpha, rank_pattern, alpha_pattern, ... */
+/* r, alpha and their patterns. */
+void esp_factor_config_write(const esp_adapter *a, struct json_t *j);
+esp_status esp_factor_config_read(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);
+/* The keys of PEFT's LycorisConfig: these and those of convolutions and dropout. */
 void esp_lycoris_config_write(const esp_adapter *a, struct json_t *j);
 esp_status esp_lycoris_config_read(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);
 

@@ -8,7 +8,7 @@
 #define ESP_PEFT_PREFIX "base_model.model."
 
 /* registry.c */
-extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr;
+extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr, esp_kind_lotr;
 extern const esp_adapter_kind esp_kind_layers, esp_kind_s2ft;
 extern const esp_adapter_kind esp_kind_mora, esp_kind_olora_cl, esp_kind_incremental_rank;
 extern const esp_adapter_kind esp_kind_ia3;

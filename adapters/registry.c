@@ -8,6 +8,7 @@ static const esp_adapter_kind *const kinds[] = {
     &esp_kind_lora,
     &esp_kind_loha,
     &esp_kind_lokr,
+    &esp_kind_lotr,
     &esp_kind_ia3,
     &esp_kind_full,
     &esp_kind_none,

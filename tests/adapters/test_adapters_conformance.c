@@ -20,6 +20,7 @@ typedef struct row {
 #define S2FT .type = "s2ft", .r = 1, .seed = 5
 
 #define LOHA .type = "loha", .r = 3, .alpha = 60, .seed = 5
+#define LOTR .type = "lotr", .r = 3, .alpha = 2, .seed = 5
 #define LOKR .type = "lokr", .r = 2, .alpha = 20, .seed = 5
 
 #define IA3 .type = "ia3", .r = 1
@@ -157,6 +158,14 @@ static const row rows[] = {
      "qwen",
      {TASKS("incremental_rank"), .dropout = 0.3, .rslora = true, NAMES("q_proj", "v_proj", "down_proj"),
       .rank_pattern = (const esp_pattern[]){{"v_proj", 3}}, .n_rank_pattern = 1},
+     false},
+    {"lotr", "qwen", {LOTR, NAMES("all-linear")}, false},
+    {"lotr conv1d", "gpt2", {LOTR, NAMES("c_attn", "c_proj", "c_fc")}, false},
+    {"lotr factors that lie apart",
+     "qwen",
+     {LOTR, .target_regex = "(.*layers\\.0\\.self_attn\\.v_proj)|(.*layers\\.1\\.self_attn\\.[qkv]_proj)|lm_head",
+      .rank_pattern = (const esp_pattern[]){{"q_proj", 2}}, .n_rank_pattern = 1,
+      .alpha_pattern = (const esp_pattern[]){{"k_proj", 9}}, .n_alpha_pattern = 1},
      false},
     {"full", "qwen", {.type = "full"}, false},
     {"full tied", "llama", {.type = "full"}, false},
