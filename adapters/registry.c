@@ -6,6 +6,8 @@
 /* clang-format off */
 static const esp_adapter_kind *const kinds[] = {
     &esp_kind_lora,
+    &esp_kind_bitfit,
+    &esp_kind_ln_tuning,
     &esp_kind_loha,
     &esp_kind_lokr,
     &esp_kind_lotr,

@@ -111,9 +111,16 @@ static bool layer_allowed(const esp_adapter_cfg *cfg, const char *path) {
   return false;
 }
 
+/* all-linear; for the kinds that attach to norms the default is every norm (ln_tuning), or every norm too (bitfit). */
+static bool all_of_kind(const esp_adapter_cfg *cfg, const esp_site *s) {
+  const esp_adapter_kind *kind = cfg->type ? esp_adapter_find(cfg->type) : NULL;
+  if (kind && kind->site_kinds & 1u << ESP_SITE_NORM) return kind->site_kinds >> s->kind & 1;
+  return s->kind == ESP_SITE_LINEAR;
+}
+
 bool esp_adapter_matches(const esp_adapter_cfg *cfg, const esp_site *s) {
   if (excluded(cfg, s->path) || esp_in_modules_to_save(cfg, s->path)) return false;
-  if (esp_target_is_all_linear(cfg)) return s->kind == ESP_SITE_LINEAR && !s->is_head && layer_allowed(cfg, s->path);
+  if (esp_target_is_all_linear(cfg)) return all_of_kind(cfg, s) && !s->is_head && layer_allowed(cfg, s->path);
   if (cfg->target_regex) return esp_regex_full(cfg->target_regex, s->path);
   for (int i = 0; i < cfg->n_target; i++)
     if (strcmp(s->path, cfg->target[i]) == 0) return true; /* an exact name is not filtered by layer */

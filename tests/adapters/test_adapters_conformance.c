@@ -24,6 +24,11 @@ typedef struct row {
 #define LOKR .type = "lokr", .r = 2, .alpha = 20, .seed = 5
 
 #define IA3 .type = "ia3", .r = 1
+#define LN .type = "ln_tuning", .r = 1
+#define BITFIT .type = "bitfit", .r = 1
+#define SAVED(...)                                                                                                     \
+  .modules_to_save = (const char *const[]){__VA_ARGS__},                                                               \
+  .n_modules_to_save = sizeof((const char *[]){__VA_ARGS__}) / sizeof(char *)
 #define FF(...)                                                                                                        \
   .feedforward = (const char *const[]){__VA_ARGS__}, .n_feedforward = sizeof((const char *[]){__VA_ARGS__}) / sizeof(char *)
 #define LAYER_1 .layers = (const int[]){1}, .n_layers = 1
@@ -167,6 +172,11 @@ static const row rows[] = {
       .rank_pattern = (const esp_pattern[]){{"q_proj", 2}}, .n_rank_pattern = 1,
       .alpha_pattern = (const esp_pattern[]){{"k_proj", 9}}, .n_alpha_pattern = 1},
      false},
+    {"ln_tuning", "qwen", {LN, NAMES("all-linear")}, false},
+    {"ln_tuning named", "llama", {LN, NAMES("input_layernorm", "model.norm"), LAYER_1}, false},
+    {"ln_tuning biases", "gpt2", {LN, NAMES("ln_1", "ln_f"), SAVED("h.0.mlp.c_fc")}, false},
+    {"bitfit", "gpt2", {BITFIT, NAMES("all-linear")}, false},
+    {"bitfit qv", "qwen", {BITFIT, NAMES("q_proj", "v_proj")}, false},
     {"full", "qwen", {.type = "full"}, false},
     {"full tied", "llama", {.type = "full"}, false},
     {"full gpt2", "gpt2", {.type = "full"}, false},
