@@ -473,7 +473,6 @@ bool esp_value_set(esp_binder *b, const esp_key *k, const esp_node *n, const cha
 bool esp_value_default(esp_binder *b, const esp_key *k, void *base) {
   if (!k->def || (k->flags & ESP_K_INPUT_ONLY)) return true;
   if (!strcmp(k->def, "{}") || (!strcmp(k->def, "[]") && k->type != ESP_T_TARGET)) return true; /* zero already */
-  char text[64];
   if (k->def[0] != '[') {
     esp_node scalar = {.kind = ESP_NODE_SCALAR, .plain = true, .text = esp_arena_strdup(b->arena, k->def)};
     if (!scalar.text) return b->oom = true, false;
@@ -481,7 +480,8 @@ bool esp_value_default(esp_binder *b, const esp_key *k, void *base) {
   }
   esp_node items[8] = {0}, *list[8];
   esp_node node = {.kind = ESP_NODE_LIST, .items = list};
-  snprintf(text, sizeof text, "%s", k->def + 1);
+  char *text = esp_arena_strdup(b->arena, k->def + 1); /* the recipe keeps pointers into it */
+  if (!text) return b->oom = true, false;
   for (char *save, *w = strtok_r(text, ", ]", &save); w && node.n < 8; w = strtok_r(NULL, ", ]", &save)) {
     items[node.n] = (esp_node){.kind = ESP_NODE_SCALAR, .plain = true, .text = w};
     list[node.n] = &items[node.n];
