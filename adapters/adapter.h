@@ -64,6 +64,10 @@ typedef struct esp_adapter_cfg {
   double d_initial;
   /* layers */
   int64_t top_layers; /* the last so many blocks; 0: those of `layers` */
+  /* fish, spu; 0 and NULL: the defaults of the kind */
+  double sparse_density;
+  const char *sparse_mask; /* data | random */
+  int64_t sparse_batches;  /* micro-batches that the mask is chosen from */
   /* s2ft: per block */
   int64_t s2ft_heads, s2ft_channels;
   /* mora */
@@ -81,6 +85,12 @@ typedef struct esp_adapter_cfg {
 } esp_adapter_cfg;
 
 typedef struct esp_adapter esp_adapter;
+
+typedef struct esp_adapter_ints { /* whole numbers in an adapter's file */
+  const char *name;
+  int64_t n;
+  int32_t *values; /* host, owned by the kind */
+} esp_adapter_ints;
 
 typedef struct esp_adapter_kind {
   const char *name;      /* in recipes */
@@ -160,6 +170,19 @@ typedef struct esp_adapter_kind {
   /* After parameters were filled from a file. NULL: nothing to do. */
   esp_status (*loaded)(esp_adapter *a);
 
+  /* Optional: a pass over data on the frozen base before training, for what a kind takes from gradients or activations.
+   * wants_data: micro-batches, 0: none; whether gradients are wanted. see: for each group its input and the gradient
+   * of its output (of the batch's summed log-probability; dy.data NULL where only activations are wanted). seen: after
+   * the last batch. Under the counting backend too. */
+  int64_t (*wants_data)(const esp_adapter *a, bool *gradients);
+  void (*see)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy);
+  esp_status (*seen)(esp_adapter *a);
+
+  /* Optional: whole numbers that the file holds beside the parameters (a mask). False: there are no more than i. On
+   * loading they are written to `values` before `loaded`. savable: an error when there is nothing to save yet. */
+  bool (*ints)(const esp_adapter *a, int i, esp_adapter_ints *out);
+  esp_status (*savable)(const esp_adapter *a);
+
   /* Optional: whether a parameter is written to the adapter's file. */
   bool (*in_file)(const esp_adapter *a, int index);
 
@@ -206,6 +229,9 @@ void esp_adapter_destroy(esp_adapter *a);
  * full take the place of the base's. n == 0: base mode; after an init that rewrites the base (pissa, olora) that is the
  * rewritten base. Merge and save read the file and are exact in any case. */
 esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n);
+
+/* One micro-batch of the pass over data that the kind wants before training; the caller ends it with kind->seen. */
+esp_status esp_adapter_calibrate(esp_adapter *a, esp_stack *stack, const esp_batch *b, esp_ckpt_mode ckpt);
 
 /* What the adapter makes of a site, for merge, export and `--verify`; covers the kind's own change, fully trained
  * copies (modules_to_save, bias, `full`) and replaced embedding rows (the tied head reads the same rows). Rows are

@@ -9,7 +9,7 @@
 
 /* registry.c */
 extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr, esp_kind_lotr;
-extern const esp_adapter_kind esp_kind_layers, esp_kind_s2ft;
+extern const esp_adapter_kind esp_kind_fish, esp_kind_spu, esp_kind_layers, esp_kind_s2ft;
 extern const esp_adapter_kind esp_kind_mora, esp_kind_olora_cl, esp_kind_incremental_rank;
 extern const esp_adapter_kind esp_kind_ia3, esp_kind_ln_tuning, esp_kind_bitfit;
 extern const esp_adapter_kind esp_kind_adalora;
@@ -101,6 +101,14 @@ void esp_config_exact_targets(const esp_adapter *a, struct json_t *j, unsigned k
 /* lora_config.c */
 void esp_lora_config_write(const esp_adapter *a, struct json_t *j);
 esp_status esp_lora_config_read(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);
+
+/* peft_ints.c */
+struct esp_st_writer;
+struct esp_st;
+esp_status esp_ints_declare(const esp_adapter *a, struct esp_st_writer *w);
+esp_status esp_ints_put(const esp_adapter *a, struct esp_st_writer *w);
+bool esp_ints_own(const esp_adapter *a, const char *name);
+esp_status esp_ints_fill(esp_adapter *a, const struct esp_st *f, const char *path);
 
 /* peft_save.c / peft_load.c */
 float *esp_param_host(const esp_adapter *a, int index); /* host copy in the file's layout; esp_mem_free */

@@ -120,7 +120,7 @@ static esp_status fill(esp_adapter *a, esp_st *f, const char *path, account *acc
   }
   for (int i = 0; i < esp_st_count(f) && st == ESP_OK; i++) {
     const esp_st_entry *e = esp_st_at(f, i);
-    if (!esp_map_has(used, e->name, strlen(e->name)) && !copied_site(a, e->name))
+    if (!esp_map_has(used, e->name, strlen(e->name)) && !esp_ints_own(a, e->name) && !copied_site(a, e->name))
       note(&acc->extra, &acc->n_extra, e->name);
   }
   if (st == ESP_OK && (acc->n_missing || acc->n_extra))
@@ -130,9 +130,10 @@ static esp_status fill(esp_adapter *a, esp_st *f, const char *path, account *acc
                   acc->n_extra, acc->n_extra ? acc->extra.data : "", acc->n_extra > SHOWN ? ", ..." : "");
   for (int i = 0; i < a->params->count && st == ESP_OK; i++)
     if (!a->params->list[i].local) st = fill_one(a, i, esp_st_find(f, a->params->list[i].name));
+  if (st == ESP_OK) st = esp_ints_fill(a, f, path);
   for (int i = 0; i < esp_st_count(f) && st == ESP_OK; i++) {
     const esp_st_entry *e = esp_st_at(f, i);
-    if (!esp_map_has(used, e->name, strlen(e->name))) st = check_copy(a, e, copied_site(a, e->name));
+    if (!esp_map_has(used, e->name, strlen(e->name)) && !esp_ints_own(a, e->name)) st = check_copy(a, e, copied_site(a, e->name));
   }
   esp_map_destroy(used);
   return st;

@@ -196,7 +196,9 @@ static esp_status write_tensors(const esp_adapter *a, const char *path) {
     saved_shape(a, i, &ndim, shape);
     ESP_GOTO(esp_st_writer_declare(w, a->params->list[i].name, ESP_F32, ndim, shape));
   }
+  ESP_GOTO(esp_ints_declare(a, w));
   ESP_GOTO(put_all(a, w));
+  ESP_GOTO(esp_ints_put(a, w));
   st = esp_st_writer_commit(w);
   w = NULL;
 out:
@@ -207,6 +209,7 @@ out:
 esp_status esp_adapter_save(const esp_adapter *a, const char *dir) {
   char staged[4096], path[4200];
   esp_status st = ESP_OK;
+  if (a->kind->savable) ESP_TRY(a->kind->savable(a));
   json_t *j = common_config(a);
   if (a->kind->config_write) a->kind->config_write(a, j);
   staged[0] = 0;

@@ -15,7 +15,7 @@ static const esp_adapter_kind *const kinds[] = {
     &esp_kind_full,
     &esp_kind_none,
     &esp_kind_layers,
-    &esp_kind_s2ft,
+    &esp_kind_s2ft, &esp_kind_fish, &esp_kind_spu,
     &esp_kind_mora,
     &esp_kind_olora_cl,
     &esp_kind_incremental_rank,

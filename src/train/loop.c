@@ -70,6 +70,8 @@ static esp_status begin_task(esp_loop *l, int i, bool first) {
     if (st == ESP_OK && be->ops->scratch) be->ops->scratch(be, l->plan.scratch_bytes);
     if (st == ESP_OK) st = be->sticky;
   }
+  if (st == ESP_OK && fresh)
+    st = esp_calibrate(&l->engine, l->r, &l->data, l->r->continual.policy == ESP_POLICY_CONTINUE ? 0 : i);
   return esp_comm_agree(l->comm, st);
 }
 

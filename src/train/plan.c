@@ -80,6 +80,7 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   if (!e->stack_ready) ESP_GOTO(esp_engine_stack(e, 0));
   ESP_GOTO(largest(e, c, r->memory.activation_checkpointing));
   if (fresh) ESP_GOTO(evaluations(e, d, hooks));
+  if (fresh) ESP_GOTO(esp_calibrate(e, r, d, task));
   /* Again with the stack at its full height, now as a whole step over the first rows: this is also what is counted. */
   ESP_GOTO(largest(e, c, r->memory.activation_checkpointing));
   ESP_GOTO(esp_packs_create(d->task[task], &t->data_cfg, r->seed, task, 0, &packs));

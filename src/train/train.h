@@ -68,6 +68,8 @@ void esp_engine_unload(esp_engine *e);
 /* The optimizer for a task: new, or the present one with another configuration when `keep` and the kind is the same. */
 esp_status esp_engine_optim(esp_engine *e, const esp_optim_cfg *cfg, bool keep);
 esp_status esp_engine_stack(esp_engine *e, int64_t capacity);
+/* The pass over data that the adapter's kind needs before it is trained, over the first rows of a task. */
+esp_status esp_calibrate(esp_engine *e, const esp_recipe *r, const esp_train_data *d, int task);
 /* Values trained, and values of the base. */
 void esp_engine_parameters(const esp_engine *e, int64_t *trainable, int64_t *total);
 

@@ -17,6 +17,7 @@ typedef struct row {
 #define LORA .type = "lora", .r = 4, .alpha = 6, .seed = 5
 
 #define MORA .type = "mora", .r = 4, .seed = 5
+#define SPARSE(kind) .type = kind, .r = 1, .seed = 5, .sparse_mask = "random"
 #define S2FT .type = "s2ft", .r = 1, .seed = 5
 
 #define LOHA .type = "loha", .r = 3, .alpha = 60, .seed = 5
@@ -183,6 +184,10 @@ static const row rows[] = {
     {"s2ft all", "qwen", {S2FT, .s2ft_heads = 3, .s2ft_channels = 20, NAMES("all-linear")}, false},
     {"s2ft columns", "llama", {S2FT, .s2ft_heads = 1, .s2ft_channels = 16, NAMES("o_proj", "down_proj")}, false},
     {"s2ft conv1d", "gpt2", {S2FT, .s2ft_heads = 2, .s2ft_channels = 9, NAMES("c_attn", "c_proj", "c_fc")}, false},
+    {"fish", "qwen", {SPARSE("fish"), .sparse_density = 0.05, NAMES("all-linear")}, false},
+    {"fish sparser than rows", "llama", {SPARSE("fish"), .sparse_density = 0.01, NAMES("q_proj", "down_proj")}, false},
+    {"spu", "qwen", {SPARSE("spu"), .bias = "lora_only", NAMES("q_proj", "up_proj")}, false},
+    {"spu conv1d", "gpt2", {SPARSE("spu"), NAMES("c_attn", "c_fc", "c_proj")}, false},
     {"layers top", "qwen", {.type = "layers", .top_layers = 1}, false},
     {"layers named gpt2", "gpt2", {.type = "layers", .layers = (const int[]){0}, .n_layers = 1}, false},
     {"layers and head",

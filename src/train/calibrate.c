@@ -1,0 +1,31 @@
+/* calibrate.c: the pass over data that some adapter kinds need before they are trained. It sees the first micro-batches
+ * of the task's first epoch, the same on every rank, and is done again on resume: what it finds is a function of the
+ * recipe, the base and the data. */
+#include "train/train.h"
+
+esp_status esp_calibrate(esp_engine *e, const esp_recipe *r, const esp_train_data *d, int task) {
+  const esp_recipe_task *t = &r->tasks[task];
+  esp_adapter *a = e->adapter;
+  bool gradients;
+  int64_t wanted = a->kind->wants_data ? a->kind->wants_data(a, &gradients) : 0;
+  if (wanted <= 0) return ESP_OK;
+  esp_status st = ESP_OK;
+  esp_packs *packs = NULL;
+  esp_rows rows = {0};
+  ESP_GOTO(esp_packs_create(d->task[task], &t->data_cfg, r->seed, task, 0, &packs));
+  int64_t count = esp_packs_count(packs), size = t->train.micro_batch_size;
+  for (int64_t m = 0; m < wanted && m * size < count; m++) {
+    int64_t left = count - m * size, n = left < size ? left : size;
+    ESP_GOTO(esp_packs_fetch(packs, m * size, n, 0, &rows));
+    int64_t padded = esp_train_pad(rows.tokens);
+    if (padded != rows.tokens) ESP_GOTO(esp_packs_fetch(packs, m * size, n, padded, &rows));
+    esp_batch b = {rows.tokens, rows.ids, rows.targets, rows.positions, rows.weights, rows.cu_seqlens, rows.n_seqs};
+    ESP_GOTO(esp_adapter_calibrate(a, &e->stack, &b, r->memory.activation_checkpointing));
+  }
+  ESP_GOTO(a->kind->seen(a));
+  st = esp_backend_sync(e->be);
+out:
+  esp_packs_destroy(packs);
+  esp_rows_deinit(&rows);
+  return st;
+}
