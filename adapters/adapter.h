@@ -20,6 +20,12 @@ typedef struct esp_kept { /* the ranks of a module that were kept, of those it s
   const uint8_t *keep;
 } esp_kept;
 
+typedef struct esp_skeleton { /* rows and columns of a module's weight */
+  const char *path;
+  int n;
+  const int32_t *rows, *cols;
+} esp_skeleton;
+
 typedef struct esp_adapter_cfg {
   const char *type; /* registry name: lora, full, none */
   int64_t r;
@@ -48,6 +54,10 @@ typedef struct esp_adapter_cfg {
   /* lokr */
   bool decompose_both;
   int64_t decompose_factor; /* 0: divisors near the root */
+  /* pmss */
+  const char *pmss_select;      /* pivot (NULL: this) | norm | uniform */
+  const esp_skeleton *skeleton; /* from a file: what was selected */
+  int n_skeleton;
   /* adalora, and kinds whose ranks are moved by importance; steps below 1 are a share of the task's */
   int64_t target_r, interval;
   double tinit, tfinal, beta1, beta2, orth_weight;
@@ -77,6 +87,11 @@ typedef struct esp_adapter_cfg {
   int64_t mini_r;
   /* hra */
   bool apply_gs;
+  /* oft */
+  int64_t oft_block_size, oft_blocks; /* blocks of this size, or this many (0: by size) */
+  int64_t cayley_terms;               /* 0: exact */
+  bool oft_block_share, coft;
+  double coft_eps;
   /* olora_cl, incremental_rank: tasks there is room for, the present one, those that were begun; 0 of the first: 1 */
   int tasks, task, begun;
   /* olora_cl */

@@ -50,6 +50,19 @@ static esp_status copy_kept(esp_arena *arena, const esp_kept *in, int n, const e
   return ESP_OK;
 }
 
+static esp_status copy_skeleton(esp_arena *arena, const esp_skeleton *in, int n, const esp_skeleton **out) {
+  esp_skeleton *list = esp_arena_alloc(arena, (size_t)(n ? n : 1) * sizeof *list);
+  if (!list) return ESP_ERR_MEMORY;
+  for (int i = 0; i < n; i++) {
+    list[i].n = in[i].n;
+    if (!(list[i].path = esp_arena_strdup(arena, in[i].path))) return ESP_ERR_MEMORY;
+    ESP_TRY(copy_bytes(arena, in[i].rows, (size_t)in[i].n * sizeof *in[i].rows, &list[i].rows));
+    ESP_TRY(copy_bytes(arena, in[i].cols, (size_t)in[i].n * sizeof *in[i].cols, &list[i].cols));
+  }
+  *out = list;
+  return ESP_OK;
+}
+
 esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter_cfg *out) {
   *out = *in;
   COPY_STR(type);
@@ -57,6 +70,7 @@ esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter
   COPY_STR(bias);
   COPY_STR(sparse_mask);
   COPY_STR(mora_type);
+  COPY_STR(pmss_select);
   COPY_STR(orthogonal);
   COPY_STR(miss_type);
   COPY_STR(target_regex);
@@ -69,6 +83,7 @@ esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter
   ESP_TRY(copy_list(arena, in->modules_to_save, in->n_modules_to_save, &out->modules_to_save));
   ESP_TRY(copy_patterns(arena, in->rank_pattern, in->n_rank_pattern, &out->rank_pattern));
   ESP_TRY(copy_patterns(arena, in->alpha_pattern, in->n_alpha_pattern, &out->alpha_pattern));
+  ESP_TRY(copy_skeleton(arena, in->skeleton, in->n_skeleton, &out->skeleton));
   ESP_TRY(copy_kept(arena, in->kept, in->n_kept, &out->kept));
   ESP_TRY(copy_bytes(arena, in->layers, (size_t)in->n_layers * sizeof *in->layers, &out->layers));
   ESP_TRY(copy_bytes(arena, in->trainable_tokens, (size_t)in->n_trainable_tokens * sizeof(int32_t),

@@ -8,7 +8,7 @@
 #define ESP_PEFT_PREFIX "base_model.model."
 
 /* registry.c */
-extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr, esp_kind_lotr;
+extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr, esp_kind_lotr, esp_kind_pmss;
 extern const esp_adapter_kind esp_kind_fish, esp_kind_spu, esp_kind_layers, esp_kind_s2ft;
 extern const esp_adapter_kind esp_kind_mora, esp_kind_olora_cl, esp_kind_incremental_rank;
 extern const esp_adapter_kind esp_kind_ia3, esp_kind_ln_tuning, esp_kind_bitfit;
@@ -16,7 +16,7 @@ extern const esp_adapter_kind esp_kind_adalora;
 extern const esp_adapter_kind esp_kind_lora, esp_kind_full, esp_kind_none;
 
 extern const esp_adapter_kind esp_kind_miss;
-extern const esp_adapter_kind esp_kind_bat, esp_kind_hra;
+extern const esp_adapter_kind esp_kind_bat, esp_kind_hra, esp_kind_oft;
 
 /* miss.c: for kinds that have one rank, one start and no bias of their own */
 esp_status esp_plain_config_check(const esp_adapter_cfg *c);

@@ -6,12 +6,13 @@
 /* clang-format off */
 static const esp_adapter_kind *const kinds[] = {
     &esp_kind_lora,
-    &esp_kind_bitfit,
-    &esp_kind_ln_tuning,
     &esp_kind_loha,
     &esp_kind_lokr,
     &esp_kind_lotr,
+    &esp_kind_pmss,
     &esp_kind_ia3,
+    &esp_kind_ln_tuning,
+    &esp_kind_bitfit,
     &esp_kind_full,
     &esp_kind_none,
     &esp_kind_layers,
@@ -23,6 +24,7 @@ static const esp_adapter_kind *const kinds[] = {
     &esp_kind_miss,
     &esp_kind_bat,
     &esp_kind_hra,
+    &esp_kind_oft,
 };
 /* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };

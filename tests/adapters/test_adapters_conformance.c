@@ -22,6 +22,7 @@ typedef struct row {
 
 #define LOHA .type = "loha", .r = 3, .alpha = 60, .seed = 5
 #define LOTR .type = "lotr", .r = 3, .alpha = 2, .seed = 5
+#define PMSS .type = "pmss", .r = 5, .alpha = 60, .seed = 5
 #define LOKR .type = "lokr", .r = 2, .alpha = 20, .seed = 5
 
 #define IA3 .type = "ia3", .r = 1
@@ -41,6 +42,7 @@ typedef struct row {
 #define TASKS(kind) .type = kind, .r = 2, .alpha = 6, .seed = 5, .tasks = 3, .task = 1
 
 #define MISS .type = "miss", .r = 5
+#define OFT .type = "oft", .r = 1
 #define HRA .type = "hra", .seed = 5
 
 #define TASKS(kind) .type = kind, .r = 2, .alpha = 6, .seed = 5, .tasks = 3, .task = 1
@@ -148,6 +150,17 @@ static const row rows[] = {
     {"bat all-linear", "qwen", {.type = "bat", .r = 8, NAMES("all-linear")}, false},
     {"bat conv1d", "gpt2", {.type = "bat", .r = 16, NAMES("c_attn", "c_proj", "c_fc")}, false},
     {"bat k and up", "llama", {.type = "bat", .r = 4, NAMES("k_proj", "up_proj")}, false},
+    {"oft all-linear", "qwen", {OFT, .oft_block_size = 8, .cayley_terms = 5, NAMES("all-linear")}, false},
+    {"oft exact", "qwen", {OFT, .oft_block_size = 16, NAMES("all-linear")}, false},
+    {"oft exact shared conv1d",
+     "gpt2",
+     {OFT, .oft_block_size = 8, .oft_block_share = true, NAMES("c_attn", "c_proj", "c_fc")},
+     false},
+    {"oft blocks, three terms", "llama", {OFT, .oft_blocks = 4, .cayley_terms = 3, NAMES("k_proj", "down_proj")}, false},
+    {"oft two terms, shared",
+     "qwen",
+     {OFT, .oft_block_size = 4, .oft_block_share = true, .cayley_terms = 2, NAMES("q_proj", "v_proj", "lm_head")},
+     false},
     {"hra all-linear", "qwen", {HRA, .r = 4, NAMES("all-linear")}, false},
     {"hra conv1d", "gpt2", {HRA, .r = 4, NAMES("c_attn", "c_proj", "c_fc")}, false},
     {"hra gram-schmidt", "qwen", {HRA, .r = 3, .apply_gs = true, NAMES("q_proj", "down_proj", "up_proj")}, false},
@@ -178,6 +191,13 @@ static const row rows[] = {
     {"ln_tuning biases", "gpt2", {LN, NAMES("ln_1", "ln_f"), SAVED("h.0.mlp.c_fc")}, false},
     {"bitfit", "gpt2", {BITFIT, NAMES("all-linear")}, false},
     {"bitfit qv", "qwen", {BITFIT, NAMES("q_proj", "v_proj")}, false},
+    {"pmss", "qwen", {PMSS, NAMES("all-linear")}, false},
+    {"pmss norm, conv1d", "gpt2", {PMSS, .pmss_select = "norm", NAMES("c_attn", "c_proj", "c_fc")}, false},
+    {"pmss uniform, patterns",
+     "qwen",
+     {PMSS, .pmss_select = "uniform", NAMES("q_proj", "v_proj", "down_proj"),
+      .rank_pattern = (const esp_pattern[]){{"v_proj", 2}}, .n_rank_pattern = 1},
+     false},
     {"full", "qwen", {.type = "full"}, false},
     {"full tied", "llama", {.type = "full"}, false},
     {"full gpt2", "gpt2", {.type = "full"}, false},
