@@ -155,9 +155,14 @@ static bool is_up(const char *name) { /* the matrices that start at zero */
   return (n > strlen(b) && !strcmp(name + n - strlen(b), b)) || (n > strlen(e) && !strcmp(name + n - strlen(e), e));
 }
 
+static bool in_file(const esp_adapter *a, int index) {
+  return !a->kind->in_file || a->kind->in_file(a, index);
+}
+
 static esp_status put_all(const esp_adapter *a, esp_st_writer *w) {
   bool any_up = false, moved = false;
   for (int i = 0; i < a->params->count; i++) {
+    if (!in_file(a, i)) continue;
     int64_t n;
     const char *name = a->params->list[i].name;
     if (a->params->list[i].local) continue;
@@ -190,6 +195,7 @@ static esp_status write_tensors(const esp_adapter *a, const char *path) {
   ESP_GOTO(esp_st_writer_metadata(w, "format", "pt"));
   ESP_GOTO(esp_st_writer_metadata(w, "espalier_base", esp_model_fingerprint(a->model)));
   for (int i = 0; i < a->params->count; i++) {
+    if (!in_file(a, i)) continue;
     int ndim;
     int64_t shape[ESP_MAX_DIMS];
     if (a->params->list[i].local) continue;

@@ -153,6 +153,7 @@ void esp_check_recipe(esp_binder *b, const esp_node *root) {
     if (adapter.layers_pattern == r->adapter.layers_pattern && !r->adapter.n_layers) adapter.layers_pattern = NULL;
     if (again) check_sections(b, node, prefix, &data, &optim, &adapter);
     t->adapter.seed = r->seed;
+    t->adapter.tasks = r->continual.policy == ESP_POLICY_CONTINUE ? r->n_tasks : 1;
   }
   r->adapter.seed = r->seed;
   if (!r->model.tokenizer) r->model.tokenizer = r->model.base_model;

@@ -78,8 +78,10 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   if (fresh) ESP_GOTO(esp_engine_load(e, r->model.base_model, &t->adapter, NULL, true));
   ESP_GOTO(esp_engine_optim(e, &t->optim, task > 0));
   if (!e->stack_ready) ESP_GOTO(esp_engine_stack(e, 0));
+  const esp_adapter_kind *kind = e->adapter->kind;
+  if (kind->task_begin) ESP_GOTO(kind->task_begin(e->adapter, task));
   ESP_GOTO(largest(e, c, r->memory.activation_checkpointing));
-  if (fresh) ESP_GOTO(evaluations(e, d, hooks));
+  if (fresh || kind->task_begin) ESP_GOTO(evaluations(e, d, hooks)); /* what an evaluation holds may grow with tasks */
   if (fresh) ESP_GOTO(esp_calibrate(e, r, d, task));
   /* Again with the stack at its full height, now as a whole step over the first rows: this is also what is counted. */
   ESP_GOTO(largest(e, c, r->memory.activation_checkpointing));

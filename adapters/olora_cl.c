@@ -1,0 +1,160 @@
+/* olora_cl.c: O-LoRA, orthogonal subspaces for continual learning (Wang et al. 2023, arXiv:2310.14152). Not the OLoRA
+ * init of lora. Each task trains a LoRA of its own beside the frozen ones of the tasks before it,
+ *   y = W x + b + s sum_{t <= now} B_t A_t drop(x),
+ * and a penalty keeps the rows of its A out of the space that theirs span:
+ *   l1          lambda sum_sites sum_ij |O_ij|       O = A_old A_now^T, [earlier tasks * r, r]
+ *   frobenius   lambda sum_sites sum_ij O_ij^2
+ * l1 with lambda 0.5 is what the authors' code and TRACE's (model/Regular/O_LoRA.py) do; their second penalty, on the
+ * norms of the new pair, is zero by default there and is left to weight_decay here. The gradient goes to A_now alone:
+ * lambda sign(O)^T A_old, or 2 lambda O^T A_old; with sign(0) = 0.
+ *
+ * A of neighbouring sites lie side by side, so one product per group gives O of all of them; the blocks between
+ * different sites are set to zero. All O are read together, once in a step.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "adapters/task_ranks.h"
+#include "io/json.h"
+
+static bool squared(const esp_adapter_cfg *c) {
+  return c->orthogonal && strcmp(c->orthogonal, "frobenius") == 0;
+}
+
+/* Columns and rows of group `tg` that belong to one site. */
+static bool same_site(const esp_adapter *a, const esp_task_group *tg, int64_t row, int64_t col) {
+  int64_t at = row % tg->width;
+  for (int i = 0; i < tg->n; i++) {
+    const esp_task_site *ts = a->site_state[tg->sites[i]->index];
+    if (at >= ts->t0 && at < ts->t0 + ts->r) return col >= ts->t0 && col < ts->t0 + ts->r;
+  }
+  return false;
+}
+
+static esp_status make_room(esp_adapter *a, int64_t size) {
+  esp_task_ranks *tr = a->impl;
+  esp_backend *be = a->params->be;
+  if (tr->overlap_size >= size) return ESP_OK;
+  if (tr->overlap) be->ops->free(be, tr->overlap);
+  esp_mem_free(tr->overlap_host);
+  tr->overlap_size = 0;
+  tr->overlap = be->ops->alloc(be, ESP_MEM_WORKSPACE, size * 4);
+  tr->overlap_host = esp_mem_alloc(ESP_MEM_HOST, (size_t)size * 4);
+  if (!tr->overlap || !tr->overlap_host) return esp_backend_why_null(be);
+  tr->overlap_size = size;
+  return ESP_OK;
+}
+
+static double penalty_of(const esp_adapter *a, const esp_task_group *tg, float *o, int64_t rows) {
+  double sum = 0;
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < tg->width; j++) {
+      float *x = &o[i * tg->width + j], v = same_site(a, tg, i, j) ? *x : 0.0f;
+      sum += squared(&a->cfg) ? (double)v * v : fabs((double)v);
+      *x = squared(&a->cfg) ? 2.0f * v : v > 0 ? 1.0f : v < 0 ? -1.0f : 0.0f;
+    }
+  return sum;
+}
+
+static double olora_before_step(esp_adapter *a, int64_t step, int64_t total) {
+  esp_task_ranks *tr = a->impl;
+  esp_backend *be = a->params->be;
+  esp_group **groups;
+  int n = esp_model_groups(a->model, &groups), earlier = tr->current;
+  float lambda = (float)a->cfg.orthogonal_lambda;
+  int64_t size = 0, at = 0;
+  double sum = 0;
+  if (earlier == 0 || lambda == 0) return 0;
+  for (int i = 0; i < n; i++) {
+    const esp_task_group *tg = a->group_state[i];
+    if (tg) size += earlier * tg->width * tg->width;
+  }
+  esp_status st = make_room(a, size);
+  if (st != ESP_OK) {
+    if (be->sticky == ESP_OK) be->sticky = st;
+    return 0;
+  }
+  for (int pass = 0; pass < 2; pass++, at = 0) {
+    for (int i = 0; i < n; i++) {
+      const esp_task_group *tg = a->group_state[i];
+      if (!tg) continue;
+      int64_t rows = earlier * tg->width;
+      esp_tensor o = esp_tensor_2d(tr->overlap + at, ESP_F32, rows, tg->width);
+      esp_tensor old = esp_params_stacked(a->params, tg->first_a[0], tg->n * earlier, 1);
+      if (pass == 0)
+        be->ops->matmul(be, o, old, false, esp_params_stacked(a->params, tg->first_a[earlier], tg->n, 1), true, 1.0f,
+                        0.0f);
+      else
+        be->ops->matmul(be, esp_params_stacked(a->params, tg->first_a[earlier], tg->n, 2), o, true, old, false, lambda,
+                        1.0f);
+      at += rows * tg->width;
+    }
+    if (pass > 0) break;
+    be->ops->download(be, tr->overlap_host, tr->overlap, size * 4);
+    at = 0;
+    for (int i = 0; i < n; i++) {
+      const esp_task_group *tg = a->group_state[i];
+      if (!tg) continue;
+      sum += penalty_of(a, tg, tr->overlap_host + at, earlier * tg->width);
+      at += earlier * tg->width * tg->width;
+    }
+    be->ops->upload(be, tr->overlap, tr->overlap_host, size * 4);
+  }
+  return (double)lambda * sum;
+}
+
+static void olora_destroy(esp_adapter *a) {
+  esp_task_ranks *tr = a->impl;
+  if (!tr) return;
+  if (tr->overlap) a->params->be->ops->free(a->params->be, tr->overlap);
+  esp_mem_free(tr->overlap_host);
+}
+
+static void olora_config_write(const esp_adapter *a, json_t *j) {
+  esp_task_ranks_config_write(a, j);
+  json_object_set_new(j, "orthogonal", json_string(squared(&a->cfg) ? "frobenius" : "l1"));
+  json_object_set_new(j, "orthogonal_lambda", esp_json_number(a->cfg.orthogonal_lambda));
+}
+
+static esp_status olora_config_read(const json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c) {
+  const char *form = "l1";
+  ESP_TRY(esp_task_ranks_config_read(j, path, arena, c));
+  ESP_TRY(esp_json_str(j, "orthogonal", path, 0, &form));
+  ESP_TRY(esp_json_f64(j, "orthogonal_lambda", path, 0, &c->orthogonal_lambda));
+  if (strcmp(form, "l1") && strcmp(form, "frobenius"))
+    return esp_fail(ESP_ERR_DATA, "%s: key 'orthogonal' must be l1 or frobenius", path);
+  c->orthogonal = strcmp(form, "l1") ? "frobenius" : "l1";
+  return ESP_OK;
+}
+
+static esp_status olora_config_check(const esp_adapter_cfg *c) {
+  if (c->orthogonal && strcmp(c->orthogonal, "l1") && strcmp(c->orthogonal, "frobenius"))
+    return esp_fail(ESP_ERR_RECIPE, "adapter.orthogonal: '%s' is not one of l1, frobenius", c->orthogonal);
+  return esp_task_ranks_config_check(c);
+}
+
+const esp_adapter_kind esp_kind_olora_cl = {
+    .name = "olora_cl",
+    .peft_type = "OLORA_CL",
+    .summary = "O-LoRA: a LoRA per task, its A kept orthogonal to the frozen ones of earlier tasks (arXiv:2310.14152)",
+    .site_kinds = 1u << ESP_SITE_LINEAR,
+    .mergeable = true,
+    .targets = true,
+    .open = esp_task_ranks_open,
+    .declare = esp_task_ranks_declare,
+    .init = esp_task_ranks_init,
+    .tails = esp_task_ranks_tails,
+    .output = esp_task_ranks_output,
+    .tails_bwd = esp_task_ranks_tails_bwd,
+    .input_bwd = esp_task_ranks_input_bwd,
+    .wants_output = esp_task_ranks_wants_output,
+    .destroy = olora_destroy,
+    .before_step = olora_before_step,
+    .task_begin = esp_task_ranks_begin,
+    .in_file = esp_task_ranks_in_file,
+    .materialise = esp_task_ranks_materialise,
+    .low_rank = esp_task_ranks_low_rank,
+    .config_write = olora_config_write,
+    .config_read = olora_config_read,
+    .config_check = olora_config_check,
+};

@@ -1,0 +1,201 @@
+/* Kinds with factors per task (olora_cl, incremental_rank), trained on two and three tasks in a row: the penalty and
+ * its gradient against the definition in fp64; bytes of earlier tasks stay; a new task begins where the last one ended;
+ * an earlier task is returned to exactly, in memory and from the file; a file holds the tasks begun and no more.
+ * Mutation seen to be caught: same_site answering true for all blocks of a group fails "penalty". */
+#include <math.h>
+
+#include "../adapters/adapter_fixture.h"
+#include "adapters/task_ranks.h"
+#include "optim/optim.h"
+
+static const char *const sites_used[] = {"q_proj", "v_proj", "down_proj"};
+#define CFG(kind)                                                                                                      \
+  (esp_adapter_cfg) {                                                                                                  \
+    .type = kind, .r = 3, .alpha = 6, .seed = 9, .tasks = 3, .target = sites_used, .n_target = 3,                      \
+    .orthogonal_lambda = 0.25,                                                                                         \
+  }
+
+static void attach(fx_run *r, const esp_adapter_cfg *cfg, esp_adapter **a) {
+  fx_open(r, fx_path("qwen"), ESP_F32, false);
+  OK(esp_adapter_create(r->m, cfg, "default", true, a));
+  OK(esp_adapters_activate(r->m, a, 1));
+}
+
+static float *values(const esp_adapter *a, int index) {
+  float *x = malloc((size_t)a->params->list[index].numel * sizeof *x);
+  esp_params_get(a->params, index, x);
+  return x;
+}
+
+/* As in a step of training; the penalty. */
+static double train_step(fx_run *r, esp_adapter *a, esp_optim *o, const esp_batch *b, int step) {
+  esp_params_zero_grad(a->params);
+  fx_loss(r, b, true, ESP_CKPT_OFF, step);
+  double penalty = a->kind->before_step ? a->kind->before_step(a, step, 4) : 0;
+  esp_optim_step(o, 1e-2, 1.0f);
+  OK(esp_backend_sync(r->be));
+  return penalty;
+}
+
+static void penalty(void **state) {
+  for (int form = 0; form < 2; form++)
+    for (int task = 0; task < 3; task++) {
+      fx_run r;
+      esp_adapter *a;
+      esp_adapter_cfg cfg = CFG("olora_cl");
+      cfg.orthogonal = form ? "frobenius" : "l1";
+      attach(&r, &cfg, &a);
+      fx_shake(a, 0.1f, 31);
+      for (int t = 1; t <= task; t++) OK(a->kind->task_begin(a, t));
+      esp_params_zero_grad(a->params);
+      double got = a->kind->before_step(a, 0, 1), want = 0;
+      OK(esp_backend_sync(r.be));
+      float *grad = fx_grads(a);
+      esp_site **sites;
+      int n = esp_model_sites(r.m, &sites), seen = 0;
+      for (int i = 0; i < n; i++) {
+        if (!a->targeted[i]) continue;
+        const esp_task_site *ts = a->site_state[i];
+        int64_t in = sites[i]->in;
+        float *now = values(a, ts->a[task]);
+        double *g = calloc((size_t)(ts->r * in), sizeof *g);
+        for (int t = 0; t < task; t++) {
+          float *old = values(a, ts->a[t]);
+          for (int64_t p = 0; p < ts->r; p++)
+            for (int64_t q = 0; q < ts->r; q++) {
+              double o = 0;
+              for (int64_t c = 0; c < in; c++) o += (double)old[p * in + c] * now[q * in + c];
+              want += 0.25 * (form ? o * o : fabs(o));
+              double d = 0.25 * (form ? 2 * o : o > 0 ? 1 : -1);
+              for (int64_t c = 0; c < in; c++) g[q * in + c] += d * old[p * in + c];
+            }
+          free(old);
+        }
+        const float *have = grad + a->params->list[ts->a[task]].offset;
+        for (int64_t k = 0; k < ts->r * in; k++)
+          if (!(fabs(have[k] - g[k]) <= 1e-6)) fail_msg("%s: gradient %g, not %g", sites[i]->path, have[k], g[k]);
+        for (int t = 0; t < 3; t++) { /* and no other parameter has one */
+          const esp_param *pa = &a->params->list[ts->a[t]], *pb = &a->params->list[ts->b[t]];
+          if (t != task) assert_true(fx_max_abs(grad + pa->offset, pa->numel) == 0);
+          assert_true(fx_max_abs(grad + pb->offset, pb->numel) == 0);
+        }
+        seen++;
+        free(now);
+        free(g);
+      }
+      assert_int_equal(seen, 6);
+      if (!(fabs(got - want) <= 1e-6 * (want > 1 ? want : 1)) || (task > 0) != (want > 0.1))
+        fail_msg("form %d, task %d: penalty %.9g, by definition %.9g", form, task, got, want);
+      free(grad);
+      esp_adapter_destroy(a);
+      fx_close(&r);
+    }
+}
+
+/* Trained alone, the penalty turns the new rows out of the old space. */
+static void penalty_is_followed(void **state) {
+  for (int form = 0; form < 2; form++) {
+    fx_run r;
+    esp_adapter *a;
+    esp_optim *o;
+    esp_adapter_cfg cfg = CFG("olora_cl");
+    cfg.orthogonal = form ? "frobenius" : "l1";
+    attach(&r, &cfg, &a);
+    OK(a->kind->task_begin(a, 1));
+    OK(esp_optim_create(&(esp_optim_cfg){.name = "adamw", .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8},
+                        a->params, &o));
+    double first = 0, last = 0;
+    for (int step = 0; step < 60; step++) {
+      esp_params_zero_grad(a->params);
+      last = a->kind->before_step(a, step, 60);
+      if (step == 0) first = last;
+      esp_optim_step(o, 3e-3, 1.0f);
+    }
+    if (!(last < 0.2 * first)) fail_msg("form %d: penalty %g, at first %g", form, last, first);
+    esp_optim_destroy(o);
+    esp_adapter_destroy(a);
+    fx_close(&r);
+  }
+}
+
+static void frozen_and_recalled(void **state) {
+  static const char *const kinds[] = {"olora_cl", "incremental_rank"};
+  static float after[3][FX_T * FX_VOCAB], y[FX_T * FX_VOCAB];
+  fx_batch f;
+  fx_fill(&f);
+  for (int k = 0; k < 2; k++) {
+    fx_run r;
+    esp_adapter *a;
+    esp_optim *o;
+    esp_adapter_cfg cfg = CFG(kinds[k]);
+    attach(&r, &cfg, &a);
+    OK(esp_optim_create(
+        &(esp_optim_cfg){.name = "adamw", .lr = 1e-2, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.1},
+        a->params, &o));
+    for (int task = 0; task < 3; task++) {
+      OK(a->kind->task_begin(a, task));
+      fx_logits(&r, &f.b, y);
+      if (task > 0 && !(fx_rel(y, after[task - 1], FX_T * FX_VOCAB) < 2e-6)) /* wider products: other rounding */
+        fail_msg("%s: task %d does not begin where the last one ended", kinds[k], task);
+      f.ids[3] = 5 + 3 * task; /* other data */
+      float *before = fx_masters(a);
+      for (int step = 0; step < 4; step++) {
+        double p = train_step(&r, a, o, &f.b, step);
+        assert_true((p > 0) == (k == 0 && task > 0));
+      }
+      fx_fill(&f);
+      float *now = fx_masters(a);
+      for (int i = 0; i < a->params->count; i++) {
+        const esp_param *p = &a->params->list[i];
+        char mine[8];
+        snprintf(mine, sizeof mine, ".%d.", task);
+        bool own = strstr(p->name + strlen(p->name) - 9, mine) != NULL,
+             same = !memcmp(before + p->offset, now + p->offset, (size_t)p->numel * 4);
+        if (own == same || own == p->frozen)
+          fail_msg("%s, task %d: %s %s", kinds[k], task, p->name, same ? "did not move" : "moved");
+      }
+      free(before);
+      free(now);
+      fx_logits(&r, &f.b, after[task]);
+      if (task > 0 && !(fx_rel(after[task], after[task - 1], FX_T * FX_VOCAB) > 1e-3))
+        fail_msg("%s: task %d learned nothing", kinds[k], task);
+    }
+    OK(esp_adapter_save(a, fx_path("all")));
+    for (int task = 0; task < 3; task++) {
+      OK(a->kind->task_begin(a, task));
+      fx_logits(&r, &f.b, y);
+      if (memcmp(y, after[task], sizeof y)) fail_msg("%s: task %d is not what it was", kinds[k], task);
+    }
+    /* a file of the first two tasks; then their directory beside that of all three */
+    OK(a->kind->task_begin(a, 1));
+    OK(esp_adapter_save(a, fx_path("two")));
+    int count = a->params->count;
+    esp_optim_destroy(o);
+    esp_adapter_destroy(a);
+    for (int task = 0; task < 3; task++) {
+      OK(esp_adapter_load(r.m, fx_path(task < 2 ? "two" : "all"), "again", false, &a));
+      assert_int_equal(a->params->count, task < 2 ? (count + 1) / 3 * 2 : count);
+      OK(a->kind->task_begin(a, task));
+      OK(esp_adapters_activate(r.m, &a, 1));
+      fx_logits(&r, &f.b, y);
+      if (memcmp(y, after[task], sizeof y)) fail_msg("%s: task %d from the file is not what it was", kinds[k], task);
+      assert_int_equal(a->kind->task_begin(a, 3), ESP_ERR_DATA);
+      esp_adapter_destroy(a);
+    }
+    fx_close(&r);
+    OK(esp_remove_tree(fx_path("all")));
+    OK(esp_remove_tree(fx_path("two")));
+  }
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(penalty),
+      cmocka_unit_test(penalty_is_followed),
+      cmocka_unit_test(frozen_and_recalled),
+  };
+  fx_setup();
+  int failed = cmocka_run_group_tests(tests, NULL, NULL);
+  fx_teardown();
+  return failed;
+}
