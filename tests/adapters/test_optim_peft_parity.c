@@ -28,6 +28,18 @@ static const struct {
     {"loha", "llama", true},
     {"lokr", "qwen3", true},
     {"lokr_both", "mistral", true},
+    {"adalora", "llama", true},
+    {"adalora_final", "qwen3", true},
+    {"miss", "llama", true},
+    {"miss_mini", "qwen3", true},
+    {"miss_bat", "mistral", true},
+    {"hra", "llama", true},
+    {"hra_gs", "qwen3", true},
+    {"oft", "llama", true},
+    {"oft_exact", "qwen3", true},
+    {"oft_shared", "mistral", true},
+    {"oft_blocks", "mistral", true},
+    {"coft", "llama", true},
 };
 
 static const char *golden(const char *what, const char *name) {
@@ -136,11 +148,20 @@ static void save_for_peft(fx_run *r, const esp_adapter *a, int i, const esp_batc
 }
 
 static void train_20(fx_run *r, esp_adapter *a, esp_st *st, int i) {
+/* Ranks that move: budget and ranks in force after each step are PEFT's, exactly. */
+static void same_trace(const esp_adapter *a, const int32_t *trace, int step, const char *name) {
+  const int32_t *want = trace + (ptrdiff_t)3 * step;
+  if (a->budget != want[1] || a->ranks != want[2])
+    fail_msg("%s: step %d: budget %lld, %lld ranks kept; PEFT %d and %d", name, want[0], (long long)a->budget,
+             (long long)a->ranks, want[1], want[2]);
+}
+
   esp_optim_cfg cfg = {.name = "adamw", .lr = 5e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-4, .weight_decay = 0.1};
   esp_optim *o;
   OK(esp_optim_create(&cfg, a->params, &o));
   const float *losses = tensor(st, "losses", "", NULL);
   for (int step = 0; step < 20; step++) {
+  const int32_t *trace = esp_st_find(st, "trace") ? tensor(st, "trace", "", NULL) : NULL;
     batch b;
     esp_loss_out out;
     load_batch(st, step % 4, &b);
@@ -152,6 +173,9 @@ static void train_20(fx_run *r, esp_adapter *a, esp_st *st, int i) {
     esp_optim_step(o, cfg.lr, 1.0f);
     free_batch(&b);
   }
+    /* PEFT brings coft back in the next forward, here after the step: not after the last */
+    if (a->kind->after_step && !(a->cfg.coft && step == 19)) OK(a->kind->after_step(a, step + 1, 20));
+    if (trace) same_trace(a, trace, step, cases[i].name);
   const char *where = "";
   float *end = fx_masters(a);
   double d = worst(a, st, "end.", end, &where);
@@ -161,6 +185,7 @@ static void train_20(fx_run *r, esp_adapter *a, esp_st *st, int i) {
   test_free((void *)(uintptr_t)losses);
   esp_optim_destroy(o);
 }
+  if (trace) test_free((void *)(uintptr_t)trace);
 
 static void parity(void **state) {
   static float y[64 * 64];

@@ -196,6 +196,9 @@ bad "more heads than there are" 2 "adapter.s2ft_heads: must be in 1 to [0-9]+, t
 bad "more channels than there are" 2 "adapter.s2ft_channels: must be in 1 to [0-9]+, the channels of the base, is 9999" $no run r.yaml adapter.type=s2ft adapter.s2ft_channels=9999
 bad "slabs of the output head" 2 "adapter.target: lm_head has neither heads nor channels" $no run r.yaml adapter.type=s2ft adapter.s2ft_channels=4 'adapter.target=[lm_head]'
 bad "slabs with dropout" 2 "adapter.dropout: s2ft has none" $no run r.yaml adapter.type=s2ft adapter.dropout=0.1
+bad "more ranks at the end than at the start" 2 "adapter.target_r: 9 is above the starting rank, adapter.r 4" $no run r.yaml adapter.type=adalora adapter.r=4 adapter.target_r=9
+bad "no step to move ranks" 2 "adapter.tinit, adapter.tfinal: leave no step" $no run r.yaml adapter.type=adalora adapter.tinit=60% adapter.tfinal=50%
+bad "scale of another kind" 2 "adapter.rslora, lora_bias, rank_pattern, alpha_pattern: are not for adapter.type adalora" $no run r.yaml adapter.type=adalora adapter.rslora=true
 bad "adapter missing" 3 "noadapter" $no eval r.yaml -a noadapter
 bad "adapter_config.json missing" 3 "adapter_config.json" "rm $ad/adapter_config.json" eval r.yaml -a $ad
 bad "adapter_config.json not JSON" 3 "adapter_config.json:[0-9]+" "replace $ad/adapter_config.json '{'" eval r.yaml -a $ad

@@ -45,6 +45,20 @@ CASES = [
     ("lokr", "qwen3", dict(kind="LoKrConfig", r=2, alpha=8, target_modules=ALL, rank_pattern={"v_proj": 4}), True),
     ("lokr_both", "mistral", dict(kind="LoKrConfig", r=1, alpha=4, target_modules=["q_proj", "gate_proj", "down_proj"],
                                   decompose_both=True, decompose_factor=12), True),
+    ("miss", "llama", dict(kind="MissConfig", r=5, target_modules=ALL), True),
+    ("miss_mini", "qwen3", dict(kind="MissConfig", r=3, mini_r=4, init_weights="mini", target_modules=ALL), True),
+    ("miss_bat", "mistral", dict(kind="MissConfig", r=4, init_weights="bat", target_modules=ALL), True),
+    ("hra", "llama", dict(kind="HRAConfig", r=4, target_modules=ALL), True),
+    ("hra_gs", "qwen3", dict(kind="HRAConfig", r=2, apply_GS=True, init_weights=False, target_modules=["q_proj", "up_proj", "down_proj"]), True),
+    ("oft", "llama", dict(kind="OFTConfig", oft_block_size=12, target_modules=ALL), True),
+    ("oft_exact", "qwen3", dict(kind="OFTConfig", oft_block_size=4, use_cayley_neumann=False, target_modules=ALL), True),
+    ("oft_shared", "mistral", dict(kind="OFTConfig", oft_block_size=8, num_cayley_neumann_terms=3, block_share=True, target_modules=["q_proj", "v_proj", "up_proj"]), True),
+    ("oft_blocks", "mistral", dict(kind="OFTConfig", r=4, oft_block_size=0, target_modules=["q_proj", "down_proj"]), True),
+    ("coft", "llama", dict(kind="OFTConfig", oft_block_size=12, coft=True, eps=1.0, num_cayley_neumann_terms=7, target_modules=["q_proj", "gate_proj", "down_proj"]), True),
+    ("adalora", "llama", dict(kind="AdaLoraConfig", init_r=4, target_r=2, lora_alpha=30, target_modules=ALL, total_step=20, tinit=3,
+                              tfinal=0, deltaT=2), True),
+    ("adalora_final", "qwen3", dict(kind="AdaLoraConfig", init_r=4, target_r=1, lora_alpha=30, target_modules=ALL, total_step=20,
+                                    tinit=3, tfinal=5, deltaT=3, orth_reg_weight=0.0), True),
 ]
 LENGTHS = [11, 17]
 
@@ -78,6 +92,12 @@ def forward(model, batch, cu):
     logits = torch.cat([model(input_ids=ids[None, a:b]).logits[0] for a, b in zip(cu, cu[1:])])
     nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return logits, (weights * nll).sum() / weights.sum()
+
+
+def penalty(model):
+    """What AdaLoraModel.forward adds to a loss."""
+    ids = torch.arange(5)[None]
+    return model.base_model(input_ids=ids, labels=ids).loss - model.base_model.model(input_ids=ids, labels=ids).loss
 
 
 def file_state(model, values):
@@ -124,13 +144,23 @@ def make(folder, base, config, train, seed):
         groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=0.1),
                   dict(params=[p for p in trained if p.ndim == 1], weight_decay=0.0)]
         opt, losses = torch.optim.AdamW(groups, lr=5e-3, eps=1e-4), []
+        adalora, trace, kept = kind == "AdaLoraConfig", [], 0
         for step in range(20):
             opt.zero_grad()
             _, loss = forward(model, data[step % 4], cu)
-            loss.backward()
+            (loss + penalty(model) if adalora else loss).backward()
             losses.append(loss.item())
             opt.step()
+            if adalora:  # of step, budget and kept ranks
+                ranks = model.base_model.rankallocator
+                kept = kept or ranks.init_bgt
+                model.base_model.update_and_allocate(step + 1)
+                if model.peft_config["default"].rank_pattern:
+                    kept = sum(sum(v) for v in model.peft_config["default"].rank_pattern.values())
+                trace.append([step + 1, ranks.budget_schedule(step + 1)[0], kept])
         expect["losses"] = torch.tensor(losses)
+        if trace:
+            expect["trace"] = torch.tensor(trace, dtype=torch.int32)
         end = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         expect.update({"end." + k: v for k, v in file_state(model, end).items()})
     save_file({k: v.clone().contiguous() for k, v in expect.items()}, os.path.join(out, "expect.safetensors"))
