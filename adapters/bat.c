@@ -197,7 +197,7 @@ static bool bat_config_is(const json_t *j) {
 }
 
 static esp_status bat_config_check(const esp_adapter_cfg *c) {
-  if (c->dropout > 0) return esp_fail(ESP_ERR_RECIPE, "adapter.dropout: bat has none");
+  ESP_TRY(esp_config_refuse(c, "bat", ESP_CFG_DROPOUT));
   return esp_plain_config_check(c);
 }
 

@@ -323,11 +323,12 @@ static int64_t hra_low_rank(esp_adapter *a, esp_site *s, float *A, float *B) {
 }
 
 static esp_status hra_config_check(const esp_adapter_cfg *c) {
-  if (c->dropout > 0) return esp_fail(ESP_ERR_RECIPE, "adapter.dropout: hra has none");
+  ESP_TRY(esp_config_refuse(c, "hra", ESP_CFG_DROPOUT));
   return esp_plain_config_check(c);
 }
 
 static void hra_config_write(const esp_adapter *a, json_t *j) {
+  json_object_del(j, "trainable_token_indices"); /* PEFT has it for LoRA only */
   json_object_set_new(j, "apply_GS", json_boolean(a->cfg.apply_gs));
   json_object_set_new(j, "init_weights", json_true());
   json_object_set_new(j, "r", json_integer((json_int_t)a->cfg.r));

@@ -272,7 +272,7 @@ esp_status esp_plain_config_check(const esp_adapter_cfg *c) {
     return esp_fail(ESP_ERR_RECIPE, "adapter.init: %s has no '%s', only default", c->type, c->init);
   if (c->rslora || c->lora_bias)
     return esp_fail(ESP_ERR_RECIPE, "adapter.%s: is for lora, not for %s", c->rslora ? "rslora" : "lora_bias", c->type);
-  return ESP_OK;
+  return esp_config_refuse(c, c->type, ESP_CFG_TOKENS);
 }
 
 static esp_status miss_config_check(const esp_adapter_cfg *c) {
@@ -287,6 +287,7 @@ static esp_status miss_config_check(const esp_adapter_cfg *c) {
 void esp_miss_config_write(const esp_adapter *a, json_t *j) {
   const esp_adapter_cfg *c = &a->cfg;
   bool bat = strcmp(c->type, "bat") == 0;
+  json_object_del(j, "trainable_token_indices"); /* PEFT has it for LoRA only */
   json_object_set_new(j, "init_weights", bat ? json_string("bat") : is_mini(c) ? json_string("mini") : json_true());
   json_object_set_new(j, "mini_r", json_integer(is_mini(c) ? (json_int_t)c->mini_r : 1));
   json_object_set_new(j, "miss_dropout", json_real(c->dropout));
