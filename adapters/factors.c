@@ -8,10 +8,22 @@
 #include "core/rng.h"
 #include "io/json.h"
 
-int esp_factor_add(esp_adapter *a, const esp_site *s, const char *suffix, int64_t rows, int64_t cols) {
+static int add(esp_adapter *a, const esp_site *s, const char *suffix, int ndim, int64_t rows, int64_t cols, bool pad) {
   char name[512];
   snprintf(name, sizeof name, ESP_PEFT_PREFIX "%s.%s", s->path, suffix);
-  return esp_params_add(a->params, name, 2, (int64_t[]){rows, cols}, true);
+  return esp_params_add(a->params, name, ndim, (int64_t[]){rows, cols}, pad);
+}
+
+int esp_factor_add(esp_adapter *a, const esp_site *s, const char *suffix, int64_t rows, int64_t cols) {
+  return add(a, s, suffix, 2, rows, cols, true);
+}
+
+int esp_factor_stack(esp_adapter *a, const esp_site *s, const char *suffix, int64_t rows, int64_t cols, bool first) {
+  return add(a, s, suffix, 2, rows, cols, first);
+}
+
+int esp_factor_vector(esp_adapter *a, const esp_site *s, const char *suffix, int64_t n) {
+  return add(a, s, suffix, 1, n, 1, true);
 }
 
 static esp_status fill(esp_adapter *a, int index, float bound, float value) {

@@ -8,6 +8,9 @@
 
 /* A parameter named <module path>.<suffix>, its own alignment; -1: no memory, error set. */
 int esp_factor_add(esp_adapter *a, const esp_site *s, const char *suffix, int64_t rows, int64_t cols);
+/* The same right behind its predecessor (first: aligned), so that several stack. */
+int esp_factor_stack(esp_adapter *a, const esp_site *s, const char *suffix, int64_t rows, int64_t cols, bool first);
+int esp_factor_vector(esp_adapter *a, const esp_site *s, const char *suffix, int64_t n); /* of one dimension */
 /* torch's kaiming_uniform_(a = sqrt 5): U(-1/sqrt(fan_in), 1/sqrt(fan_in)); drawn from (seed, parameter name). */
 esp_status esp_factor_uniform(esp_adapter *a, int index, int64_t fan_in);
 esp_status esp_factor_constant(esp_adapter *a, int index, float value);

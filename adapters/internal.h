@@ -8,7 +8,7 @@
 #define ESP_PEFT_PREFIX "base_model.model."
 
 /* registry.c */
-extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr, esp_kind_lotr, esp_kind_pmss;
+extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr, esp_kind_lotr, esp_kind_pmss, esp_kind_hut;
 extern const esp_adapter_kind esp_kind_fish, esp_kind_spu, esp_kind_layers, esp_kind_s2ft;
 extern const esp_adapter_kind esp_kind_mora, esp_kind_olora_cl, esp_kind_incremental_rank;
 extern const esp_adapter_kind esp_kind_dora;

@@ -10,6 +10,7 @@ static const esp_adapter_kind *const kinds[] = {
     &esp_kind_loha,
     &esp_kind_lokr,
     &esp_kind_lotr,
+    &esp_kind_hut,
     &esp_kind_pmss,
     &esp_kind_ia3,
     &esp_kind_ln_tuning,

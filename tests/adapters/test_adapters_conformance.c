@@ -23,6 +23,7 @@ typedef struct row {
 #define LOHA .type = "loha", .r = 3, .alpha = 60, .seed = 5
 #define LOTR .type = "lotr", .r = 3, .alpha = 2, .seed = 5
 #define PMSS .type = "pmss", .r = 5, .alpha = 60, .seed = 5
+#define HUT .type = "hut", .r = 3, .alpha = 6, .seed = 5
 #define LOKR .type = "lokr", .r = 2, .alpha = 20, .seed = 5
 
 #define DORA .type = "dora", .r = 4, .alpha = 6, .seed = 5
@@ -207,6 +208,12 @@ static const row rows[] = {
      "qwen",
      {PMSS, .pmss_select = "uniform", NAMES("q_proj", "v_proj", "down_proj"),
       .rank_pattern = (const esp_pattern[]){{"v_proj", 2}}, .n_rank_pattern = 1},
+     false},
+    {"hut", "qwen", {HUT, NAMES("all-linear")}, false},
+    {"hut conv1d", "gpt2", {HUT, NAMES("c_attn", "c_proj", "c_fc")}, false},
+    {"hut k and up",
+     "qwen",
+     {HUT, NAMES("k_proj", "up_proj"), .rank_pattern = (const esp_pattern[]){{"up_proj", 5}}, .n_rank_pattern = 1},
      false},
     {"full", "qwen", {.type = "full"}, false},
     {"full tied", "llama", {.type = "full"}, false},
