@@ -244,6 +244,8 @@ void esp_adapter_destroy(esp_adapter *a);
  * full take the place of the base's. n == 0: base mode; after an init that rewrites the base (pissa, olora) that is the
  * rewritten base. Merge and save read the file and are exact in any case. */
 esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n);
+/* Only whether these can be active together (ESP_ERR_RECIPE, naming two that cannot). */
+esp_status esp_adapters_check(esp_model *m, esp_adapter *const *list, int n);
 
 /* One micro-batch of the pass over data that the kind wants before training; the caller ends it with kind->seen. */
 esp_status esp_adapter_calibrate(esp_adapter *a, esp_stack *stack, const esp_batch *b, esp_ckpt_mode ckpt);
@@ -256,6 +258,11 @@ bool esp_adapter_changes(const esp_adapter *a, const esp_site *s);
 esp_status esp_adapter_effective_rows(esp_adapter *a, esp_site *s, int64_t r0, int64_t n, float *w);
 bool esp_adapter_changes_bias(const esp_adapter *a, const esp_site *s);
 esp_status esp_adapter_effective_bias(esp_adapter *a, esp_site *s, float *bias);
+/* Of several that are active together, in any order: forward computes a module that one of them trains in full from
+ * that copy, and the changes of the others add to it. */
+esp_status esp_adapters_effective_rows(esp_adapter *const *list, int n, esp_site *s, int64_t r0, int64_t rows,
+                                       float *w);
+esp_status esp_adapters_effective_bias(esp_adapter *const *list, int n, esp_site *s, float *bias);
 /* The effective rank of a site (rank_pattern applied), 0 where it is not targeted or the kind has none. */
 int64_t esp_adapter_rank(const esp_adapter *a, const esp_site *s);
 

@@ -1,10 +1,12 @@
 /* attach.c: the model's hooks over the ordered list of active adapters. Forward runs them in order, backward in
- * reverse; linear changes add up, so several adapters are the weighted sum of each. Also the life and the effective
- * weights of an adapter: everything that is the same for every kind. */
+ * reverse; linear changes add up, so several adapters are the weighted sum of each. Where each sequence of a batch
+ * chooses its adapter, every hook here limits what the kind did to the rows that are its own (rows.h). Also the life
+ * and the effective weights of an adapter: everything that is the same for every kind. */
 #include <limits.h>
 #include <string.h>
 
 #include "adapters/internal.h"
+#include "adapters/rows.h"
 #include "core/rng.h"
 
 /* A product takes at most ROOM tails. Above MANY active adapters they may not fit: a kind then adds the rest in
@@ -18,6 +20,7 @@ typedef struct active_set {
   int n;
   uint64_t number;                  /* of the installation */
   void **group_slots, **site_slots; /* [index * n + k] */
+  esp_rows rows;
   esp_adapter *list[];
 } active_set;
 
@@ -29,10 +32,24 @@ static void **sslot(active_set *c, const esp_site *s, int k) {
   return &c->site_slots[s->index * c->n + k];
 }
 
+static bool touches(const esp_adapter *a, const esp_group *g) {
+  for (int i = 0; i < g->n_sites; i++)
+    if (a->targeted[g->sites[i]->index]) return true;
+  return false;
+}
+
 static void on_input(void *ctx, esp_run *run, esp_group *g, esp_tensor *x, void **slot) {
   active_set *c = ctx;
-  for (int k = 0; k < c->n; k++)
-    if (c->list[k]->kind->input) c->list[k]->kind->input(c->list[k], run, g, x, gslot(c, g, k));
+  for (int k = 0; k < c->n; k++) {
+    esp_adapter *a = c->list[k];
+    esp_tensor before = *x;
+    if (!a->kind->input) continue;
+    a->kind->input(a, run, g, x, gslot(c, g, k));
+    if (!c->rows.on || x->data == before.data) continue;
+    esp_tensor mixed = esp_rows_copy(run, *x); /* the kind's own may be what its backward reads */
+    esp_rows_join(&c->rows, run, k, mixed, before);
+    *x = mixed;
+  }
 }
 
 static int on_tails(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot) {
@@ -42,21 +59,36 @@ static int on_tails(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tai
   for (int k = 0; k < c->n; k++) n += esp_train_modules_tails(c->list[k], run, g, x, tails + n, max - n);
   for (int k = 0; k < c->n; k++) {
     esp_adapter *a = c->list[k];
+    int first = n;
     if (a->kind->tails) n += a->kind->tails(a, run, g, x, tails + n, max - n, gslot(c, g, k));
+    for (int i = first; c->rows.on && i < n; i++) tails[i].x = esp_rows_only(&c->rows, run, k, tails[i].x);
   }
   return n;
 }
 
 static void on_output(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot) {
   active_set *c = ctx;
-  for (int k = 0; k < c->n; k++)
-    if (c->list[k]->kind->output) c->list[k]->kind->output(c->list[k], run, g, x, y, gslot(c, g, k));
+  for (int k = 0; k < c->n; k++) {
+    esp_adapter *a = c->list[k];
+    bool mixed = c->rows.on && touches(a, g);
+    if (!a->kind->output) continue;
+    esp_tensor before = mixed ? esp_rows_copy(run, y) : y;
+    a->kind->output(a, run, g, x, y, gslot(c, g, k));
+    if (mixed) esp_rows_join(&c->rows, run, k, y, before);
+  }
 }
 
+/* In backward a kind is given the gradient of its own rows: then its parameters get nothing from others. */
 static void on_output_bwd(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, void **slot) {
   active_set *c = ctx;
-  for (int k = c->n - 1; k >= 0; k--)
-    if (c->list[k]->kind->output_bwd) c->list[k]->kind->output_bwd(c->list[k], run, g, x, dy, gslot(c, g, k));
+  for (int k = c->n - 1; k >= 0; k--) {
+    esp_adapter *a = c->list[k];
+    bool mixed = c->rows.on && touches(a, g);
+    if (!a->kind->output_bwd) continue;
+    esp_tensor mine = mixed ? esp_rows_only(&c->rows, run, k, dy) : dy;
+    a->kind->output_bwd(a, run, g, x, mine, gslot(c, g, k));
+    if (mixed) esp_rows_put(&c->rows, run, k, dy, mine);
+  }
 }
 
 static int on_tails_bwd(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails, int max,
@@ -67,15 +99,26 @@ static int on_tails_bwd(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp
   for (int k = c->n - 1; k >= 0; k--) n += esp_train_modules_tails_bwd(c->list[k], run, g, x, dy, tails + n, max - n);
   for (int k = c->n - 1; k >= 0; k--) {
     esp_adapter *a = c->list[k];
-    if (a->kind->tails_bwd) n += a->kind->tails_bwd(a, run, g, x, dy, tails + n, max - n, gslot(c, g, k));
+    if (!a->kind->tails_bwd) continue;
+    esp_tensor mine = c->rows.on && touches(a, g) ? esp_rows_only(&c->rows, run, k, dy) : dy;
+    n += a->kind->tails_bwd(a, run, g, x, mine, tails + n, max - n, gslot(c, g, k));
   }
   return n;
 }
 
 static void on_input_bwd(void *ctx, esp_run *run, esp_group *g, esp_tensor dx, void **slot) {
   active_set *c = ctx;
-  for (int k = c->n - 1; k >= 0; k--)
-    if (c->list[k]->kind->input_bwd) c->list[k]->kind->input_bwd(c->list[k], run, g, dx, gslot(c, g, k));
+  for (int k = c->n - 1; k >= 0; k--) {
+    esp_adapter *a = c->list[k];
+    bool mixed = c->rows.on && dx.data && touches(a, g);
+    if (!a->kind->input_bwd) continue;
+    int64_t mark = esp_stack_mark(run->stack);
+    esp_tensor mine = mixed ? esp_rows_only(&c->rows, run, k, dx) : dx;
+    a->kind->input_bwd(a, run, g, mine, gslot(c, g, k));
+    if (!mixed) continue;
+    esp_rows_put(&c->rows, run, k, dx, mine);
+    esp_stack_release(run->stack, mark);
+  }
 }
 
 static esp_adapter *owner(const active_set *c, const esp_site *s) {
@@ -99,24 +142,37 @@ static void on_site_backward(void *ctx, esp_run *run, esp_site *s, const esp_wvi
 static void on_embed(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot) {
   active_set *c = ctx;
   for (int k = 0; k < c->n; k++) {
-    esp_train_modules_embed(c->list[k], run, s, ids, y);
-    if (c->list[k]->kind->embed) c->list[k]->kind->embed(c->list[k], run, s, ids, y, sslot(c, s, k));
+    esp_adapter *a = c->list[k];
+    bool mixed = c->rows.on && a->targeted[s->index];
+    esp_train_modules_embed(a, run, s, ids, y);
+    if (!a->kind->embed) continue;
+    esp_tensor before = mixed ? esp_rows_copy(run, y) : y;
+    a->kind->embed(a, run, s, ids, y, sslot(c, s, k));
+    if (mixed) esp_rows_join(&c->rows, run, k, y, before);
   }
 }
 
 static void on_embed_bwd(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy, void **slot) {
   active_set *c = ctx;
   for (int k = c->n - 1; k >= 0; k--) {
-    if (c->list[k]->kind->embed_bwd) c->list[k]->kind->embed_bwd(c->list[k], run, s, ids, dy, sslot(c, s, k));
-    esp_train_modules_embed_bwd(c->list[k], run, s, ids, dy);
+    esp_adapter *a = c->list[k];
+    bool mixed = c->rows.on && a->targeted[s->index];
+    if (a->kind->embed_bwd)
+      a->kind->embed_bwd(a, run, s, ids, mixed ? esp_rows_only(&c->rows, run, k, dy) : dy, sslot(c, s, k));
+    esp_train_modules_embed_bwd(a, run, s, ids, dy);
   }
+}
+
+static esp_status on_begin(void *ctx, esp_run *run) {
+  active_set *c = ctx;
+  return esp_rows_begin(&c->rows, run, c->list, c->n);
 }
 
 /* A counter of installations tells sets apart whose addresses are reused; what kinds bake into operations beside
  * shapes and addresses is the weight of each adapter and its revision. */
 static uint64_t on_version(void *ctx) {
   const active_set *c = ctx;
-  uint64_t v = c->number;
+  uint64_t v = c->rows.on ? esp_rng_stream(1, c->number, (uint64_t)(uintptr_t)c->rows.mask, 0) : c->number;
   for (int k = 0; k < c->n; k++) {
     const esp_adapter *a = c->list[k];
     if (a->kind->on_host || a->modules->tokens >= 0) return 0;
@@ -139,6 +195,7 @@ static active_set *current(esp_model *m) {
 
 static void drop(active_set *c) {
   if (!c) return;
+  esp_rows_deinit(&c->rows);
   esp_mem_free(c->group_slots);
   esp_mem_free(c->site_slots);
   esp_mem_free(c);
@@ -175,6 +232,7 @@ static esp_adapter_hooks hooks_of(active_set *c) {
                          .embed_bwd = on_embed_bwd,
                          .lowest_layer = on_lowest_layer,
                          .version = on_version,
+                         .begin = on_begin,
                          .stepped = on_stepped};
   for (int k = 0; k < c->n; k++) {
     const esp_adapter_kind *kind = c->list[k]->kind;
@@ -246,13 +304,13 @@ static esp_status check_alone(const esp_adapter *a, const esp_adapter *b) {
   esp_site **sites;
   int n = esp_model_sites(a->model, &sites);
   for (int i = 0; i < n; i++)
-    if (a->targeted[i] && b->targeted[i])
+    if (esp_adapter_changes(a, sites[i]) && esp_adapter_changes(b, sites[i]))
       return esp_fail(ESP_ERR_RECIPE, "adapters '%s' (%s) and '%s' (%s) cannot both be active on %s", a->name,
                       a->kind->name, b->name, b->kind->name, sites[i]->path);
   return ESP_OK;
 }
 
-esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n) {
+esp_status esp_adapters_check(esp_model *m, esp_adapter *const *list, int n) {
   for (int i = 0; i < n; i++) {
     if (list[i]->model != m) return esp_fail(ESP_ERR_INTERNAL, "adapter '%s' belongs to another model", list[i]->name);
     for (int k = 0; k < i; k++)
@@ -262,6 +320,11 @@ esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n) {
       return esp_fail(ESP_ERR_RECIPE, "adapter '%s': %s has no weight other than 1", list[i]->name,
                       list[i]->kind->name);
   }
+  return ESP_OK;
+}
+
+esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n) {
+  ESP_TRY(esp_adapters_check(m, list, n));
   ESP_TRY(install(m, list, n));
   return attach_modules(m, list, n);
 }
@@ -320,6 +383,23 @@ bool esp_adapter_changes_bias(const esp_adapter *a, const esp_site *s) {
 esp_status esp_adapter_effective_bias(esp_adapter *a, esp_site *s, float *bias) {
   if (a->modules->bias[s->index] >= 0) esp_params_get(a->params, a->modules->bias[s->index], bias);
   if (a->kind->materialise_bias && a->targeted[s->index]) return a->kind->materialise_bias(a, s, bias);
+  return ESP_OK;
+}
+
+esp_status esp_adapters_effective_rows(esp_adapter *const *list, int n, esp_site *s, int64_t r0, int64_t rows,
+                                       float *w) {
+  for (int pass = 0; pass < 2; pass++)
+    for (int i = 0; i < n; i++)
+      if (esp_adapter_changes(list[i], s) && (list[i]->modules->weight[s->index] >= 0) == (pass == 0))
+        ESP_TRY(esp_adapter_effective_rows(list[i], s, r0, rows, w));
+  return ESP_OK;
+}
+
+esp_status esp_adapters_effective_bias(esp_adapter *const *list, int n, esp_site *s, float *bias) {
+  for (int pass = 0; pass < 2; pass++)
+    for (int i = 0; i < n; i++)
+      if (esp_adapter_changes_bias(list[i], s) && (list[i]->modules->bias[s->index] >= 0) == (pass == 0))
+        ESP_TRY(esp_adapter_effective_bias(list[i], s, bias));
   return ESP_OK;
 }
 

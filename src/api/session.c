@@ -170,7 +170,7 @@ static esp_status pack(esp_session *s, const esp_example *list, int n, packed *p
   }
   for (int64_t k = at; k < T; k++) p->positions[k] = (int32_t)(k - at); /* a tail that nobody trains on */
   if (T > at) p->cu[n + 1] = (int32_t)T;
-  p->batch = (esp_batch){T, p->ids, p->targets, p->positions, p->weights, p->cu, T > at ? n + 1 : n};
+  p->batch = (esp_batch){T, p->ids, p->targets, p->positions, p->weights, p->cu, T > at ? n + 1 : n, NULL};
   if (!(p->weight > 0)) return esp_fail(ESP_ERR_DATA, "the batch has no trained token");
   return ESP_OK;
 }

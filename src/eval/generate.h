@@ -13,6 +13,7 @@ typedef struct esp_gen_cfg {
   uint64_t seed;
   const int32_t *stop; /* ids that end a sequence; not part of the output */
   int n_stop;
+  const int32_t *adapters; /* per prompt, as in esp_batch; NULL: every active adapter on all */
 } esp_gen_cfg;
 
 /* Completes n prompts in one batch; out[i] must be empty and receives the new ids. A draw is a function of (seed, row,

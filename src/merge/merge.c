@@ -79,9 +79,7 @@ static esp_status write_weight(merger *g, esp_st_writer *w, const char *name, es
     int64_t n = r + step <= rows ? step : rows - r;
     ESP_GOTO(esp_site_read_weight_rows(g->in.model, s, r, n, base));
     memcpy(merged, base, (size_t)(n * cols) * 4);
-    for (int i = 0; i < g->spec->n_adapters; i++)
-      if (esp_adapter_changes(g->in.adapters[i], s))
-        ESP_GOTO(esp_adapter_effective_rows(g->in.adapters[i], s, r, n, merged));
+    ESP_GOTO(esp_adapters_effective_rows(g->in.adapters, g->spec->n_adapters, s, r, n, merged));
     for (int64_t i = 0; i < n * cols; i++)
       if (!isfinite(merged[i])) {
         st = esp_fail(ESP_ERR_DATA, "%s: the merged weight has a value that is not finite in row %lld", name,
@@ -115,9 +113,7 @@ static esp_status write_bias(merger *g, esp_st_writer *w, const char *name, esp_
     goto out;
   }
   ESP_GOTO(esp_site_read_bias(g->in.model, s, bias));
-  for (int i = 0; i < g->spec->n_adapters; i++)
-    if (esp_adapter_changes_bias(g->in.adapters[i], s))
-      ESP_GOTO(esp_adapter_effective_bias(g->in.adapters[i], s, bias));
+  ESP_GOTO(esp_adapters_effective_bias(g->in.adapters, g->spec->n_adapters, s, bias));
   esp_convert(rounded, dtype, bias, ESP_F32, s->out);
   ESP_GOTO(esp_st_writer_put(w, name, rounded, s->out * (int64_t)esp_dtype_size(dtype)));
   g->stats.changed++;
@@ -342,10 +338,11 @@ esp_status esp_merge_write(const esp_merge_spec *spec, esp_merge_stats *out) {
   ESP_GOTO(esp_merge_open(spec, ESP_F32, false, &g.in));
   for (int i = 0; i < spec->n_adapters; i++)
     if (!g.in.adapters[i]->kind->mergeable) {
-      st = esp_fail(ESP_ERR_DATA, "%s: an adapter of type %s cannot be merged", spec->adapters[i],
+      st = esp_fail(ESP_ERR_RECIPE, "%s: an adapter of type %s cannot be merged", spec->adapters[i],
                     g.in.adapters[i]->kind->name);
       goto out;
     }
+  ESP_GOTO(esp_adapters_check(g.in.model, g.in.adapters, spec->n_adapters));
   if (g.in.has_weights) ESP_GOTO(esp_st_open(spec->base, &g.file));
   ESP_GOTO(index_sites(&g));
   ESP_GOTO(esp_dir_stage(spec->out, g.staged, sizeof g.staged));

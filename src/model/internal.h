@@ -105,7 +105,8 @@ struct esp_kv {
   int64_t max_len;
   void *k, *v; /* per layer [batch*max_len, kv_heads*head_dim], one block each */
   int32_t *lens;
-  int filled; /* sequences of the last prefill */
+  const int32_t *adapters; /* of each sequence of the last prefill, NULL: all */
+  int filled;              /* sequences of the last prefill */
 };
 
 /* One pass over the tokens of a batch. `run` is first: hooks get a pointer to it. */

@@ -18,7 +18,7 @@ esp_status esp_kv_create(esp_model *m, int batch, int64_t max_len, esp_kv **out)
       (int64_t)m->d.layers * batch * max_len * m->d.kv_heads * m->d.head_dim * (int64_t)esp_dtype_size(m->opt.compute);
   kv->k = m->be->ops->alloc(m->be, ESP_MEM_ACTIVATIONS, bytes);
   kv->v = m->be->ops->alloc(m->be, ESP_MEM_ACTIVATIONS, bytes);
-  kv->lens = esp_mem_alloc(ESP_MEM_HOST, (size_t)batch * sizeof *kv->lens);
+  kv->lens = esp_mem_alloc(ESP_MEM_HOST, (size_t)batch * 2 * sizeof *kv->lens);
   if (!kv->k || !kv->v || !kv->lens) {
     esp_kv_destroy(kv);
     return esp_backend_why_null(m->be);
@@ -69,7 +69,9 @@ esp_status esp_model_prefill(esp_model *m, esp_stack *stack, esp_kv *kv, const e
     for (int32_t i = 0; i < n; i++) rows[first + i] = (int32_t)(b * kv->max_len) + i;
     last[b] = first + n - 1;
     kv->lens[b] = n;
+    if (prompts->adapters) kv->lens[kv->batch + b] = prompts->adapters[b];
   }
+  kv->adapters = prompts->adapters ? kv->lens + kv->batch : NULL;
   kv->filled = prompts->n_seqs;
   st = cached_pass(kv, stack, prompts, false, rows, last, prompts->n_seqs, logits);
 out:
@@ -95,7 +97,8 @@ esp_status esp_model_decode(esp_model *m, esp_stack *stack, esp_kv *kv, const in
   }
   cu[n] = n;
   for (int b = 0; b < n; b++) kv->lens[b]++;
-  esp_batch batch = {.tokens = n, .ids = ids, .positions = pos, .cu_seqlens = cu, .n_seqs = n};
+  esp_batch batch = {
+      .tokens = n, .ids = ids, .positions = pos, .cu_seqlens = cu, .n_seqs = n, .adapters = kv->adapters};
   st = cached_pass(kv, stack, &batch, true, rows, each, n, logits);
 out:
   esp_mem_free(block);

@@ -72,6 +72,7 @@ typedef struct esp_batch {                  /* token rows of one micro-batch, HO
   const float *weights;                     /* [T] loss weight of predicting targets[t]; 0: not trained */
   const int32_t *cu_seqlens;                /* [n_seqs+1] */
   int n_seqs;
+  const int32_t *adapters; /* [n_seqs] the one active adapter of each sequence, -1: none. NULL: all, on every row */
 } esp_batch;
 
 typedef struct esp_run { /* what every part needs while a step runs */
@@ -120,6 +121,9 @@ typedef struct esp_adapter_hooks {
   /* What the operations that the hooks issue depend on beside the shapes: equal versions, equal operations on equal
    * addresses. 0 (or NULL): the hooks do work on the host, so that nothing may be replayed. */
   uint64_t (*version)(void *ctx);
+  /* Before the operations of each pass, issued or replayed: what they depend on beside the activations. NULL: the
+   * sequences of a batch cannot choose. */
+  esp_status (*begin)(void *ctx, esp_run *run);
   /* After each backward pass, issued or replayed. NULL: not wanted. */
   void (*stepped)(void *ctx);
 } esp_adapter_hooks;

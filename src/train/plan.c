@@ -46,7 +46,7 @@ static esp_status largest(esp_engine *e, const esp_task_steps *c, esp_ckpt_mode 
   for (int64_t i = 0; i < c->max_trained; i++) weights[i] = 1.0f;
   for (size_t i = 0; i < n; i++) ids[2 * n + i] = 0;
   int32_t cu[2] = {0, (int32_t)n};
-  esp_batch b = {(int64_t)n, ids, ids + n, ids + 2 * n, weights, cu, 1};
+  esp_batch b = {(int64_t)n, ids, ids + n, ids + 2 * n, weights, cu, 1, NULL};
   esp_loss_out loss;
   ESP_GOTO(esp_model_step(e->model, &e->stack, &b, ckpt, true, 1.0f, 0, 0, &loss, NULL));
   ESP_GOTO(esp_backend_sync(e->be));

@@ -45,7 +45,7 @@ static esp_status micro_batches(esp_engine *e, const esp_step_in *in, esp_rows *
     if (first >= esp_packs_count(in->packs)) break; /* the tail of an epoch: nothing is left for this rank */
     ESP_TRY(fetch(e->be, in, first, rows, &real));
     esp_batch b = {rows->tokens,  rows->ids,        rows->targets, rows->positions,
-                   rows->weights, rows->cu_seqlens, rows->n_seqs};
+                   rows->weights, rows->cu_seqlens, rows->n_seqs,  NULL};
     ESP_TRY(
         esp_model_step(e->model, &e->stack, &b, in->ckpt, true, scale, in->seed, (in->step << 20) + slot, NULL, NULL));
     s->tokens += (double)real;
