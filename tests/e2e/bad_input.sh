@@ -195,6 +195,9 @@ bad "mora of a scaled kind" 2 "adapter.rslora: is for lora" $no run r.yaml adapt
 bad "more heads than there are" 2 "adapter.s2ft_heads: must be in 1 to [0-9]+, the heads of the base, is 99" $no run r.yaml adapter.type=s2ft adapter.s2ft_heads=99 adapter.s2ft_channels=4
 bad "more channels than there are" 2 "adapter.s2ft_channels: must be in 1 to [0-9]+, the channels of the base, is 9999" $no run r.yaml adapter.type=s2ft adapter.s2ft_channels=9999
 bad "slabs of the output head" 2 "adapter.target: lm_head has neither heads nor channels" $no run r.yaml adapter.type=s2ft adapter.s2ft_channels=4 'adapter.target=[lm_head]'
+bad "a mask of more than half" 2 "adapter.sparse_density: (expected|must|.*0.5)" $no run r.yaml adapter.type=fish adapter.sparse_density=0.9
+bad "an unknown mask" 2 "adapter.sparse_mask: 'fisher' is not one of data, random" $no run r.yaml adapter.type=spu adapter.sparse_mask=fisher
+bad "a sparse update of an embedding" 2 "adapter.target: .*embed_tokens is a embedding, which spu cannot attach to|which spu cannot attach to" $no run r.yaml adapter.type=spu 'adapter.target=[embed_tokens]'
 bad "slabs with dropout" 2 "adapter.dropout: s2ft has none" $no run r.yaml adapter.type=s2ft adapter.dropout=0.1
 bad "more ranks at the end than at the start" 2 "adapter.target_r: 9 is above the starting rank, adapter.r 4" $no run r.yaml adapter.type=adalora adapter.r=4 adapter.target_r=9
 bad "no step to move ranks" 2 "adapter.tinit, adapter.tfinal: leave no step" $no run r.yaml adapter.type=adalora adapter.tinit=60% adapter.tfinal=50%
