@@ -32,6 +32,7 @@ def check(folder, base, out, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT reports missing and unexpected keys as warnings
         warnings.filterwarnings("ignore", message=".*[Tt]ied.*|.*fan_in_fan_out.*|.*save_embedding.*|.*lora_bias.*|.*tie_word.*|.*rank_pattern keys.*")  # the last: AdaLoRA's own pattern
+        warnings.filterwarnings("ignore", message="Unsupported layer type.*norm.*|Specified to not (save|load) vera_A.*")  # PEFT's of every norm; seeded projections
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         model = PeftModel.from_pretrained(model, path).eval()
