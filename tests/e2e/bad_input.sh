@@ -201,7 +201,18 @@ bad "a sparse update of an embedding" 2 "adapter.target: .*embed_tokens is a emb
 bad "slabs with dropout" 2 "adapter.dropout: s2ft has none" $no run r.yaml adapter.type=s2ft adapter.dropout=0.1
 bad "more ranks at the end than at the start" 2 "adapter.target_r: 9 is above the starting rank, adapter.r 4" $no run r.yaml adapter.type=adalora adapter.r=4 adapter.target_r=9
 bad "no step to move ranks" 2 "adapter.tinit, adapter.tfinal: leave no step" $no run r.yaml adapter.type=adalora adapter.tinit=60% adapter.tfinal=50%
-bad "scale of another kind" 2 "adapter.rslora, lora_bias, rank_pattern, alpha_pattern: are not for adapter.type adalora" $no run r.yaml adapter.type=adalora adapter.rslora=true
+bad "scale of another kind" 2 "adapter.rslora, lora_bias, alpha_pattern: are not for adapter.type adalora" $no run r.yaml adapter.type=adalora adapter.rslora=true
+bad "a penalty that is not known" 2 "orthogonal.*l2.*l1" $no run r.yaml adapter.type=o-lora adapter.orthogonal=l2
+bad "an init of lora for a kind per task" 2 "adapter.init: 'pissa' is for lora, not for incremental_rank" $no run r.yaml adapter.type=incremental_rank adapter.init=pissa
+bad "blocks that do not divide" 2 "adapter.oft_block_size: 7 does not divide the 48 inputs of model" $no run r.yaml adapter.type=oft adapter.oft_block_size=7
+bad "a number of blocks that does not divide" 2 "adapter.oft_blocks: 5 does not divide the 48 inputs of model" $no run r.yaml adapter.type=oft adapter.oft_blocks=5
+bad "one term is no rotation" 2 "adapter.cayley_terms: must be 0 .exact. or from 2 to 32, is 1" $no run r.yaml adapter.type=oft adapter.oft_block_size=8 adapter.cayley_terms=1
+bad "rotations with dropout" 2 "adapter.dropout: oft has none" $no run r.yaml adapter.type=oft adapter.oft_block_size=8 adapter.dropout=0.1
+bad "an odd number of reflections" 2 "adapter.r: hra starts from pairs of reflections that cancel: r must be even, is 3" $no run r.yaml adapter.type=hra adapter.r=3
+bad "shards wider than the input" 2 "adapter.r: 64 is more than the 48 inputs of model" $no run r.yaml adapter.type=miss adapter.r=64
+bad "columns that do not divide" 2 "adapter.mini_r: 7 does not divide the [0-9]+ outputs of model" $no run r.yaml adapter.type=miss adapter.miss_type=mini adapter.mini_r=7
+bad "affine blocks that do not divide" 2 "adapter.r: model.* is .[0-9]+, 48., which blocks of 7 do not divide" $no run r.yaml adapter.type=bat adapter.r=7
+bad "ranks of its own per module" 2 "adapter.rank_pattern: miss is the same for every module" $no run r.yaml adapter.type=miss 'adapter.rank_pattern={q_proj: 2}'
 bad "adapter missing" 3 "noadapter" $no eval r.yaml -a noadapter
 bad "adapter_config.json missing" 3 "adapter_config.json" "rm $ad/adapter_config.json" eval r.yaml -a $ad
 bad "adapter_config.json not JSON" 3 "adapter_config.json:[0-9]+" "replace $ad/adapter_config.json '{'" eval r.yaml -a $ad
