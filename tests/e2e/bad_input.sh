@@ -213,6 +213,8 @@ bad "shards wider than the input" 2 "adapter.r: 64 is more than the 48 inputs of
 bad "columns that do not divide" 2 "adapter.mini_r: 7 does not divide the [0-9]+ outputs of model" $no run r.yaml adapter.type=miss adapter.miss_type=mini adapter.mini_r=7
 bad "affine blocks that do not divide" 2 "adapter.r: model.* is .[0-9]+, 48., which blocks of 7 do not divide" $no run r.yaml adapter.type=bat adapter.r=7
 bad "ranks of its own per module" 2 "adapter.rank_pattern: miss is the same for every module" $no run r.yaml adapter.type=miss 'adapter.rank_pattern={q_proj: 2}'
+bad "a penalty that is not known" 2 "orthogonal.*l2.*l1" $no run r.yaml adapter.type=o-lora adapter.orthogonal=l2
+bad "an init of lora for a kind per task" 2 "adapter.init: 'pissa' is for lora, not for incremental_rank" $no run r.yaml adapter.type=incremental_rank adapter.init=pissa
 bad "adapter missing" 3 "noadapter" $no eval r.yaml -a noadapter
 bad "adapter_config.json missing" 3 "adapter_config.json" "rm $ad/adapter_config.json" eval r.yaml -a $ad
 bad "adapter_config.json not JSON" 3 "adapter_config.json:[0-9]+" "replace $ad/adapter_config.json '{'" eval r.yaml -a $ad

@@ -2,12 +2,12 @@
 # Kinds with factors per task through the program: two tasks in sequence on one adapter. Resumed after every step, the
 # run ends with the same bytes; set back to its first task, the last adapter merges into the bytes of the first one's;
 # on its own second task it does not.
-# Mutation seen caught: esp_task_ranks_begin that sets `current` without freezing the earlier factors.
+# Mutation seen caught: esp_task_ranks_begin that freezes later tasks only (t > task).
 . "$(dirname "$0")/../script.sh"
 "$MAKE_TINY" "$work"
 cd "$work"
 for type in o-lora incremental_rank; do
-  "$ESPALIER" run recipe.yaml --quiet adapter.type=$type train.max_steps=3 checkpoint.every=1 checkpoint.keep=100 \
+  "$ESPALIER" run recipe.yaml --quiet adapter.type=$type optim.weight_decay=0.1 train.max_steps=3 checkpoint.every=1 checkpoint.keep=100 \
     --output "$work/again" || fail "$type: the run"
   mv again "$type"
   n=0
