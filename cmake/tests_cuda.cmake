@@ -1,7 +1,7 @@
 # The suites written for the cpu backend, on CUDA (tests/backend_env.h): <name>_cuda_sim on the simulation (label
 # simcuda), <name>_gpu on a device (label gpu; 77, with the reason, where there is none). Included after tests.cmake.
 set(ESP_CUDA_SUITES
-    test_backend_ops test_backend_matmul test_backend_attention test_backend_golden
+    test_backend_ops test_backend_kinds test_backend_matmul test_backend_attention test_backend_golden
     test_adapters_conformance test_optim_peft_parity test_optim_rules test_model_golden test_model_real
     test_model_step test_model_weights test_eval_score test_adapters_target test_adapters_files)
 foreach(name IN LISTS ESP_CUDA_SUITES)
@@ -10,8 +10,13 @@ foreach(name IN LISTS ESP_CUDA_SUITES)
   endif()
   if(TARGET espalier-cuda-sim)
     add_test(NAME ${name}_cuda_sim COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
-    set_tests_properties(${name}_cuda_sim PROPERTIES LABELS simcuda TIMEOUT 900 ENVIRONMENT
-      "ESP_TEST_BACKEND=cuda;ESP_TEST_QUICK=1;XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/cache;ESPALIER_CUDA_PLUGIN=$<TARGET_FILE:espalier-cuda-sim>")
+    # The operations also belong to the suites of a sanitizer build: an access out of bounds is seen there alone.
+    set(labels simcuda)
+    if(name MATCHES "^test_backend_")
+      list(APPEND labels ops)
+    endif()
+    set_tests_properties(${name}_cuda_sim PROPERTIES LABELS "${labels}" TIMEOUT 900 ENVIRONMENT
+      "ASAN_OPTIONS=detect_leaks=0;ESP_TEST_BACKEND=cuda;ESP_TEST_QUICK=1;XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/cache;ESPALIER_CUDA_PLUGIN=$<TARGET_FILE:espalier-cuda-sim>")
     add_dependencies(${name} espalier-cuda-sim)
   endif()
   if(TARGET espalier-cuda)
@@ -22,13 +27,23 @@ foreach(name IN LISTS ESP_CUDA_SUITES)
   endif()
 endforeach()
 
+# Every launch in three orders, with equal bits of all memory that it can reach: barriers that are missing, blocks that race.
+foreach(name test_backend_ops test_backend_attention test_backend_kinds)
+  if(TEST ${name}_cuda_sim AND NOT ESP_SANITIZE)
+    get_test_property(${name}_cuda_sim ENVIRONMENT env)
+    add_test(NAME ${name}_crosscheck_cuda_sim COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
+    set_tests_properties(${name}_crosscheck_cuda_sim PROPERTIES LABELS simcuda TIMEOUT 600 ENVIRONMENT
+                         "${env};SIMCUDA_CROSSCHECK=1")
+  endif()
+endforeach()
+
 # What cuDNN takes by itself is also the own kernels'.
 foreach(on cuda_sim gpu)
   if(TEST test_backend_attention_${on})
     get_test_property(test_backend_attention_${on} ENVIRONMENT env)
     get_test_property(test_backend_attention_${on} LABELS labels)
     add_test(NAME test_backend_attention_own_${on} COMMAND test_backend_attention WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
-    set_tests_properties(test_backend_attention_own_${on} PROPERTIES LABELS ${labels} TIMEOUT 600 SKIP_RETURN_CODE 77
+    set_tests_properties(test_backend_attention_own_${on} PROPERTIES LABELS "${labels}" TIMEOUT 600 SKIP_RETURN_CODE 77
                          ENVIRONMENT "${env};ESPALIER_CUDA_ATTENTION=flash")
   endif()
 endforeach()
