@@ -316,7 +316,10 @@ static void block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor
                          float alpha, float beta) {
   add(be, 2 * numel(y) * (double)(esp_tensor_cols(&x) / blocks),
       bytes_of(x) + bytes_of(m) + bytes_of(y) * (beta != 0 ? 2 : 1));
-  if (models_cuda(be)) return;
+  if (models_cuda(be)) {
+    work(be, esp_cuda_need_block_matmul(y, x, m, blocks, shared, trans));
+    return;
+  }
   esp_gemm_need old = products_begin(be);
   esp_cpu_block_matmul(be, y, x, m, blocks, shared, trans, alpha, beta);
   products_end(be, old);
@@ -324,7 +327,10 @@ static void block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor
 static void block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
                        float alpha) {
   add(be, 2 * numel(x) * (double)(esp_tensor_cols(&dy) / blocks), bytes_of(x) + bytes_of(dy) + 2 * bytes_of(dm));
-  if (models_cuda(be)) return;
+  if (models_cuda(be)) {
+    work(be, esp_cuda_need_block_grad(dm, x, dy, blocks, shared));
+    return;
+  }
   esp_gemm_need old = products_begin(be);
   esp_cpu_block_grad(be, dm, x, dy, blocks, shared, alpha);
   products_end(be, old);
@@ -348,10 +354,14 @@ static double csr_bytes(const esp_csr *s) {
   return 4 * (double)s->rows + (s->order ? 12 : 8) * (double)s->entries;
 }
 static void sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s) {
+  if (models_cuda(be)) work(be, esp_cuda_need_sparse_matmul(x));
+  if (!models_cuda(be)) work(be, esp_cpu_work_sparse(esp_tensor_cols(&x)));
   add(be, 2 * (double)esp_tensor_rows(&x) * (double)s->entries, bytes_of(x) + 2 * bytes_of(y) + csr_bytes(s));
 }
 static void sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s) {
   (void)dvalues;
+  if (!models_cuda(be)) work(be, esp_cpu_work_sparse(esp_tensor_cols(&x)));
+  if (models_cuda(be)) work(be, esp_cuda_need_sparse_grad(dy, x));
   add(be, 2 * (double)esp_tensor_rows(&x) * (double)s->entries,
       bytes_of(x) + bytes_of(dy) + csr_bytes(s) + 4 * (double)s->entries);
 }

@@ -116,6 +116,27 @@ void esp_cuda_flash_bwd(esp_backend *be, const esp_attn_args *a, const esp_cuda_
 /* decode.cu */
 void esp_cuda_attn_decode(esp_backend *be, const esp_decode_args *a);
 
+/* matmul_blocks.c chooses: cuBLASLt, or the own kernels (blocks.cu), which take every shape and mix of types. */
+void esp_cuda_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared,
+                           bool trans, float alpha, float beta);
+void esp_cuda_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
+                         float alpha);
+void esp_cuda_blocks_own(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,
+                         float alpha, float beta);
+void esp_cuda_block_grad_own(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
+                             float alpha);
+void esp_cuda_block_inverse(esp_backend *be, esp_tensor inv, esp_tensor m, int blocks);
+/* kinds.cu, sparse.cu */
+void esp_cuda_mul(esp_backend *be, esp_tensor y, esp_tensor a, esp_tensor b, float beta);
+void esp_cuda_mul_rows(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v, float beta);
+void esp_cuda_col_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b);
+void esp_cuda_row_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b, float beta);
+void esp_cuda_transpose_rows(esp_backend *be, esp_tensor y, esp_tensor x, int64_t a, int64_t b);
+void esp_cuda_khatri_rao(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor z);
+void esp_cuda_khatri_rao_bwd(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z);
+void esp_cuda_sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s);
+void esp_cuda_sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s);
+
 /* norm.cu, rope.cu, act.cu, rows.cu, elementwise.cu, reduce.cu, loss.cu, update.cu: the entry of the op table itself */
 void esp_cuda_norm(esp_backend *be, const esp_norm_args *a);
 void esp_cuda_norm_bwd(esp_backend *be, const esp_norm_bwd_args *a);

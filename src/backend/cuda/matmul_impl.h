@@ -13,7 +13,8 @@
  * is filled: compared, hashed and stored as bytes. */
 typedef struct esp_mm_key {
   int64_t m, n, k, lda, ldb, ldc;
-  uint8_t in, out; /* esp_dtype of the operands and of the result */
+  int64_t batch, to_a, to_b, to_c; /* 0: one product; else so many, and the distances to the next operands */
+  uint8_t in, out;                 /* esp_dtype of the operands and of the result */
   uint8_t trans_a, trans_b;
   uint8_t bias; /* added by the product itself */
   uint8_t adds; /* beta != 0 */

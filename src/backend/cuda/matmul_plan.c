@@ -111,6 +111,12 @@ static cudaDataType_t cuda_type(int dtype) {
 static cublasStatus_t layout_of(cublasLtMatrixLayoutOpaque_t *l, int dtype, int64_t rows, int64_t cols, int64_t ld) {
   return cublasLtMatrixLayoutInit(l, cuda_type(dtype), (uint64_t)cols, (uint64_t)rows, ld);
 }
+static cublasStatus_t batch_of(cublasLtMatrixLayoutOpaque_t *l, int64_t batch, int64_t to_next) {
+  int32_t count = (int32_t)batch;
+  cublasStatus_t st = cublasLtMatrixLayoutSetAttribute(l, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count);
+  if (st != CUBLAS_STATUS_SUCCESS) return st;
+  return cublasLtMatrixLayoutSetAttribute(l, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &to_next, sizeof to_next);
+}
 
 static cublasStatus_t set_desc(esp_mm_entry *e, cublasLtMatmulDescAttributes_t attr, int32_t value) {
   return cublasLtMatmulDescSetAttribute(&e->desc, attr, &value, sizeof value);
@@ -139,6 +145,10 @@ static cublasStatus_t describe(esp_mm_entry *e, const void *bias) {
   if (st == CUBLAS_STATUS_SUCCESS)
     st = layout_of(&e->b, k->in, k->trans_b ? k->n : k->k, k->trans_b ? k->k : k->n, k->ldb);
   if (st == CUBLAS_STATUS_SUCCESS) st = layout_of(&e->c, k->out, k->m, k->n, k->ldc);
+  if (!k->batch) return st;
+  if (st == CUBLAS_STATUS_SUCCESS) st = batch_of(&e->a, k->batch, k->to_a);
+  if (st == CUBLAS_STATUS_SUCCESS) st = batch_of(&e->b, k->batch, k->to_b);
+  if (st == CUBLAS_STATUS_SUCCESS) st = batch_of(&e->c, k->batch, k->to_c);
   return st;
 }
 

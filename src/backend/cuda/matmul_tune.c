@@ -176,7 +176,8 @@ int esp_mm_measure(esp_backend *be, esp_mm_entry *e, const esp_mm_data *data,
   float best_ms = -1;
   int best = 0;
   size_t offset = (uintptr_t)data->c % 16; /* the alignment that the algorithm was asked for */
-  size_t bytes = (size_t)(e->key.m * e->key.ldc) * esp_dtype_size((esp_dtype)e->key.out) + 16;
+  int64_t last = e->key.batch ? (e->key.batch - 1) * e->key.to_c : 0;
+  size_t bytes = (size_t)(last + e->key.m * e->key.ldc) * esp_dtype_size((esp_dtype)e->key.out) + 16;
   if (cudaMalloc(&copy, bytes) != cudaSuccess || cudaEventCreate(&begin) != cudaSuccess ||
       cudaEventCreate(&end) != cudaSuccess)
     goto done;

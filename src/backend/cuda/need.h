@@ -5,6 +5,7 @@
 
 #include "backend/cuda/need_attn.h"
 #include "backend/cuda/need_kernels.h"
+#include "backend/cuda/need_kinds.h"
 #include "backend/cuda/need_matmul.h"
 
 /* Held from the start: the workspace of products (that of the larger devices) and the result of dot. */

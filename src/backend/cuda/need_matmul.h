@@ -52,7 +52,7 @@ static inline esp_tensor esp_cuda_tail_target(const esp_tensor *y, const esp_tai
 }
 
 static inline int64_t esp_cuda_need_matmul(esp_tensor c, esp_tensor a, bool trans_a, esp_tensor b, bool trans_b) {
-  esp_tensor none = {0};
+  esp_tensor none = esp_tensor_1d(NULL, ESP_F32, 0);
   (void)trans_a, (void)trans_b; /* a copy keeps the order of its original */
   return esp_cuda_matmul_scratch_bytes(&c, &a, &b, &none);
 }
