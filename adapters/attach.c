@@ -195,7 +195,7 @@ static active_set *current(esp_model *m) {
 
 static void drop(active_set *c) {
   if (!c) return;
-  esp_rows_deinit(&c->rows);
+  esp_rows_leave(&c->rows);
   esp_mem_free(c->group_slots);
   esp_mem_free(c->site_slots);
   esp_mem_free(c);

@@ -28,7 +28,7 @@ static esp_status check(const esp_adapter *a) {
 
 static esp_status reserve(esp_rows *r, esp_backend *be, int64_t elements) {
   if (elements <= r->cap) return ESP_OK;
-  esp_rows_deinit(r);
+  esp_rows_leave(r);
   r->be = be;
   r->mask = be->ops->alloc(be, ESP_MEM_WORKSPACE, elements * (int64_t)sizeof *r->mask);
   if (!r->mask) return esp_backend_why_null(be);
@@ -60,7 +60,7 @@ esp_status esp_rows_begin(esp_rows *r, esp_run *run, esp_adapter *const *list, i
   return run->be->sticky;
 }
 
-void esp_rows_deinit(esp_rows *r) {
+void esp_rows_leave(esp_rows *r) {
   if (r->mask) r->be->ops->free(r->be, r->mask);
   r->mask = NULL;
   r->cap = 0;

@@ -14,7 +14,7 @@ typedef struct esp_rows {
 
 /* Reads run->batch->adapters. ESP_ERR_RECIPE naming an active adapter whose effect is not row by row. */
 esp_status esp_rows_begin(esp_rows *r, esp_run *run, esp_adapter *const *list, int n);
-void esp_rows_deinit(esp_rows *r);
+void esp_rows_leave(esp_rows *r);
 /* A copy of x on the stack with the rows of others zero. */
 esp_tensor esp_rows_only(const esp_rows *r, esp_run *run, int k, esp_tensor x);
 esp_tensor esp_rows_copy(esp_run *run, esp_tensor x);
