@@ -17,6 +17,8 @@ typedef struct esp_attn_part { /* one (sequence, head, block of queries) of atte
   float *dk, *dv; /* backward: fp32 [len, head_dim], of this query head */
 } esp_attn_part;
 
+#define ESP_SPARSE_BLOCK 128 /* tokens that a sparse product takes at a time */
+
 typedef struct esp_kernels {
   /* elementwise over rows [r0, r1) */
   void (*axpby)(esp_tensor y, float a, esp_tensor x, float b, int64_t r0, int64_t r1);
@@ -46,6 +48,10 @@ typedef struct esp_kernels {
   void (*mul_rows)(esp_tensor y, esp_tensor x, esp_tensor v, float beta, int64_t r0, int64_t r1);
   void (*col_dot)(float *out, esp_tensor a, esp_tensor b, int64_t c0, int64_t c1);
   void (*row_dot)(float *out, esp_tensor a, esp_tensor b, float beta, int64_t r0, int64_t r1);
+  /* columns of a block of tokens; rows of a sparse matrix */
+  void (*by_column)(float *xt, esp_tensor x, int64_t c0, int64_t c1);
+  void (*sparse_rows)(esp_tensor y, const float *xt, const esp_csr *s, int64_t r0, int64_t r1);
+  void (*sparse_dots)(float *dvalues, esp_tensor dy, const float *xt, const esp_csr *s, int64_t r0, int64_t r1);
   void (*khatri_rao)(esp_tensor y, esp_tensor x, esp_tensor z, int64_t r0, int64_t r1);
   void (*khatri_rao_bwd)(esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z, int64_t r0,
                          int64_t r1);

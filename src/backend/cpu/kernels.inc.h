@@ -6,6 +6,7 @@
 #include "backend/cpu/k_elementwise.h"
 #include "backend/cpu/k_glu.h"
 #include "backend/cpu/k_kinds.h"
+#include "backend/cpu/k_sparse.h"
 #include "backend/cpu/k_norm.h"
 #include "backend/cpu/k_loss.h"
 #include "backend/cpu/k_update.h"
@@ -34,6 +35,9 @@ const esp_kernels ESP_K_TABLE = {
     .mul_rows = k_mul_rows,
     .col_dot = k_col_dot,
     .row_dot = k_row_dot,
+    .by_column = k_by_column,
+    .sparse_rows = k_sparse_rows,
+    .sparse_dots = k_sparse_dots,
     .khatri_rao = k_khatri_rao,
     .khatri_rao_bwd = k_khatri_rao_bwd,
     .attn = k_attn,

@@ -5,10 +5,11 @@
 #include "backend/cpu/gemm.h"
 #include "backend/cpu/ops.h"
 #include "backend/cpu/range.h"
+#include "backend/cpu/work.h"
 
 typedef struct kind_op {
   esp_tensor y, a, b, dx, dz;
-  float *out;
+  float *out, *grad;
   float beta;
   int64_t p, q;
   const esp_csr *s;
@@ -151,39 +152,37 @@ void esp_cpu_khatri_rao_bwd(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_t
   esp_split(be, esp_tensor_rows(&dy), esp_row_step(esp_tensor_cols(&dy)), &o, khatri_rao_bwd_part);
 }
 
-/* ---- sparse matrices ---- */
-static void sparse_matmul_part(const void *op, const esp_kernels *k, int64_t t0, int64_t t1) {
-  (void)k;
+/* ---- sparse matrices: block after block of tokens, first turned into columns, then row by row of the matrix ---- */
+static void by_column_part(const void *op, const esp_kernels *k, int64_t c0, int64_t c1) {
   const kind_op *o = op;
-  const esp_csr *s = o->s;
-  for (int64_t t = t0; t < t1; t++)
-    for (int64_t r = 0; r < s->rows; r++) {
-      if (s->start[r] == s->start[r + 1]) continue;
-      float sum = 0;
-      for (int32_t e = s->start[r]; e < s->start[r + 1]; e++)
-        sum += s->values[s->order ? s->order[e] : e] * load(&o->a, t, s->index[e]);
-      store(&o->y, t, r, sum + load(&o->y, t, r));
-    }
+  k->by_column(o->out, o->a, c0, c1);
 }
-void esp_cpu_sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s) {
-  assert(esp_tensor_cols(&y) == s->rows && esp_tensor_rows(&y) == esp_tensor_rows(&x));
-  kind_op o = {.y = y, .a = x, .s = s};
-  esp_split(be, esp_tensor_rows(&y), esp_row_step(s->rows + s->entries), &o, sparse_matmul_part);
+static void sparse_rows_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
+  const kind_op *o = op;
+  k->sparse_rows(o->y, o->out, o->s, r0, r1);
+}
+static void sparse_dots_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
+  const kind_op *o = op;
+  k->sparse_dots(o->grad, o->y, o->out, o->s, r0, r1);
 }
 
-static void sparse_grad_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
-  (void)k;
-  const kind_op *o = op;
-  const esp_csr *s = o->s;
-  for (int64_t r = r0; r < r1; r++)
-    for (int32_t e = s->start[r]; e < s->start[r + 1]; e++) {
-      float sum = 0;
-      for (int64_t t = 0; t < esp_tensor_rows(&o->a); t++) sum += load(&o->y, t, r) * load(&o->a, t, s->index[e]);
-      o->out[s->order ? s->order[e] : e] += sum;
-    }
+static void sparse_blocks(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s, float *grad, esp_range_fn fn) {
+  assert(esp_tensor_cols(&y) == s->rows && esp_tensor_rows(&y) == esp_tensor_rows(&x));
+  int64_t tokens = esp_tensor_rows(&x), cols = esp_tensor_cols(&x);
+  kind_op o = {.s = s, .grad = grad, .out = esp_cpu_work(be, esp_cpu_work_sparse(cols))};
+  if (!o.out) return;
+  int64_t per_row = s->entries / (s->rows > 0 ? s->rows : 1) + 8, step = 1 + ESP_CHUNK_ELEMENTS / (per_row * 8);
+  for (int64_t t = 0; t < tokens; t += ESP_SPARSE_BLOCK) {
+    int64_t n = tokens - t < ESP_SPARSE_BLOCK ? tokens - t : ESP_SPARSE_BLOCK;
+    o.a = esp_tensor_rows_view(&x, t, n);
+    o.y = esp_tensor_rows_view(&y, t, n);
+    esp_split(be, cols, ESP_CHUNK_ELEMENTS / ESP_SPARSE_BLOCK, &o, by_column_part);
+    esp_split(be, s->rows, step, &o, fn);
+  }
+}
+void esp_cpu_sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s) {
+  sparse_blocks(be, y, x, s, NULL, sparse_rows_part);
 }
 void esp_cpu_sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s) {
-  assert(esp_tensor_cols(&dy) == s->rows && esp_tensor_rows(&dy) == esp_tensor_rows(&x));
-  kind_op o = {.y = dy, .a = x, .s = s, .out = dvalues};
-  esp_split(be, s->rows, 16, &o, sparse_grad_part);
+  sparse_blocks(be, dy, x, s, dvalues, sparse_dots_part);
 }

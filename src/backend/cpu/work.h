@@ -23,6 +23,9 @@ int64_t esp_cpu_work_attn_bwd(const esp_attn_args *a);
 static inline int64_t esp_cpu_work_decode(const esp_decode_args *a) {
   return (a->max_len + 15) / 16 * 64 * esp_threads_count();
 }
+static inline int64_t esp_cpu_work_sparse(int64_t cols) {
+  return cols * ESP_SPARSE_BLOCK * (int64_t)sizeof(float);
+}
 static inline int64_t esp_cpu_work_ce(int64_t rows) {
   return (rows + 3) / 4 * 64; /* loss and hit of each row */
 }
