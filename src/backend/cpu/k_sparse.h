@@ -2,17 +2,24 @@
  * activations lie by column, xt [cols, block], zero behind the last token, so that an entry is one product of vectors
  * over tokens. */
 
+/* Sixteen tokens at a time: a line of xt is filled while it is at hand. */
+INLINE void sixteen_by_column(float *xt, const void *const *row, const bool b, int64_t c0, int64_t c1) {
+  for (int64_t c = c0; c < c1; c++)
+    for (int i = 0; i < 16; i++) xt[c * ESP_SPARSE_BLOCK + i] = at_t(row[i], c, b);
+}
+
 static void k_by_column(float *xt, esp_tensor x, int64_t c0, int64_t c1) {
   int64_t n = esp_tensor_rows(&x);
   bool b = esp_is_b(&x);
-  for (int64_t t = 0; t < ESP_SPARSE_BLOCK; t++) {
-    const void *row = t < n ? esp_row(&x, t) : NULL;
-    if (!row)
-      for (int64_t c = c0; c < c1; c++) xt[c * ESP_SPARSE_BLOCK + t] = 0;
-    else if (b)
-      for (int64_t c = c0; c < c1; c++) xt[c * ESP_SPARSE_BLOCK + t] = esp_bf16_to_f32(((const uint16_t *)row)[c]);
+  for (int64_t t = 0; t < ESP_SPARSE_BLOCK; t += 16) {
+    const void *row[16];
+    for (int i = 0; i < 16; i++) row[i] = esp_row(&x, t + i < n ? t + i : n - 1);
+    if (b)
+      sixteen_by_column(xt + t, row, true, c0, c1);
     else
-      for (int64_t c = c0; c < c1; c++) xt[c * ESP_SPARSE_BLOCK + t] = ((const float *)row)[c];
+      sixteen_by_column(xt + t, row, false, c0, c1);
+    for (int64_t i = t < n ? n - t : 0; i < 16; i++)
+      for (int64_t c = c0; c < c1; c++) xt[c * ESP_SPARSE_BLOCK + t + i] = 0;
   }
 }
 
