@@ -320,6 +320,11 @@ static void block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor
     work(be, esp_cuda_need_block_matmul(y, x, m, blocks, shared, trans));
     return;
   }
+  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&y) / blocks;
+  if (esp_cpu_block_small(p, q, blocks)) {
+    work(be, esp_cpu_work_block_matmul(p, q, blocks, shared));
+    return;
+  }
   esp_gemm_need old = products_begin(be);
   esp_cpu_block_matmul(be, y, x, m, blocks, shared, trans, alpha, beta);
   products_end(be, old);
@@ -331,6 +336,8 @@ static void block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor 
     work(be, esp_cuda_need_block_grad(dm, x, dy, blocks, shared));
     return;
   }
+  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&dy) / blocks;
+  if (!shared && esp_cpu_block_small(p, q, blocks)) return; /* sums stay with their threads */
   esp_gemm_need old = products_begin(be);
   esp_cpu_block_grad(be, dm, x, dy, blocks, shared, alpha);
   products_end(be, old);

@@ -19,6 +19,16 @@ typedef struct esp_attn_part { /* one (sequence, head, block of queries) of atte
 
 #define ESP_SPARSE_BLOCK 128 /* tokens that a sparse product takes at a time */
 
+/* Products with small blocks, merged so that a block's columns fill a register: `p` and `q` columns of x and y each,
+ * the last one perhaps fewer. */
+enum { ESP_BLOCK_SMALL = 64, ESP_BLOCK_LANES = 16, ESP_BLOCK_MERGED = ESP_BLOCK_SMALL * ESP_BLOCK_LANES };
+typedef struct esp_block_part {
+  esp_tensor x, y, dm; /* y: dy of a gradient */
+  const float *m;      /* [p, ld] of the first block, zeros beyond q */
+  int64_t to_next, ld, p, q;
+  float alpha, beta;
+} esp_block_part;
+
 typedef struct esp_kernels {
   /* elementwise over rows [r0, r1) */
   void (*axpby)(esp_tensor y, float a, esp_tensor x, float b, int64_t r0, int64_t r1);
@@ -55,6 +65,9 @@ typedef struct esp_kernels {
   void (*khatri_rao)(esp_tensor y, esp_tensor x, esp_tensor z, int64_t r0, int64_t r1);
   void (*khatri_rao_bwd)(esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z, int64_t r0,
                          int64_t r1);
+  void (*block_matmul)(const esp_block_part *o, int64_t r0, int64_t r1, int64_t g0, int64_t g1);
+  void (*block_grad)(const esp_block_part *o, int64_t g0, int64_t g1);
+  void (*invert)(float *a, int64_t ld, int64_t n);
   void (*attn)(const esp_attn_part *p);
   void (*attn_bwd)(const esp_attn_part *p);
   /* o row of one (sequence, head) of decoding */

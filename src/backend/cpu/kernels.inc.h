@@ -6,6 +6,7 @@
 #include "backend/cpu/k_elementwise.h"
 #include "backend/cpu/k_glu.h"
 #include "backend/cpu/k_kinds.h"
+#include "backend/cpu/k_blocks.h"
 #include "backend/cpu/k_sparse.h"
 #include "backend/cpu/k_norm.h"
 #include "backend/cpu/k_loss.h"
@@ -40,6 +41,9 @@ const esp_kernels ESP_K_TABLE = {
     .sparse_dots = k_sparse_dots,
     .khatri_rao = k_khatri_rao,
     .khatri_rao_bwd = k_khatri_rao_bwd,
+    .block_matmul = k_block_matmul,
+    .block_grad = k_block_grad,
+    .invert = k_invert,
     .attn = k_attn,
     .attn_bwd = k_attn_bwd,
     .attn_decode = k_attn_decode,

@@ -2,7 +2,6 @@
 #include <assert.h>
 #include <string.h>
 
-#include "backend/cpu/gemm.h"
 #include "backend/cpu/ops.h"
 #include "backend/cpu/range.h"
 #include "backend/cpu/work.h"
@@ -55,77 +54,33 @@ void esp_cpu_row_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b, fl
   esp_split(be, esp_tensor_rows(&a), esp_row_step(esp_tensor_cols(&a)), &o, row_dot_part);
 }
 
-/* ---- blocks ---- */
-void esp_cpu_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared,
-                          bool trans, float alpha, float beta) {
-  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&y) / blocks, rows = trans ? q : p;
-  assert(esp_tensor_rows(&m) == (shared ? rows : rows * blocks) && esp_tensor_cols(&m) == (trans ? p : q));
-  assert(esp_tensor_rows(&y) == esp_tensor_rows(&x));
-  for (int g = 0; g < blocks; g++)
-    esp_cpu_matmul(be, esp_tensor_cols_view(&y, g * q, q), esp_tensor_cols_view(&x, g * p, p), false,
-                   esp_tensor_rows_view(&m, shared ? 0 : g * rows, rows), trans, alpha, beta);
-}
-
-void esp_cpu_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
-                        float alpha) {
-  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&dy) / blocks;
-  assert(dm.dtype == ESP_F32 && esp_tensor_rows(&dm) == (shared ? p : p * blocks) && esp_tensor_cols(&dm) == q);
-  for (int g = 0; g < blocks; g++)
-    esp_cpu_matmul(be, esp_tensor_rows_view(&dm, shared ? 0 : g * p, p), esp_tensor_cols_view(&x, g * p, p), true,
-                   esp_tensor_cols_view(&dy, g * q, q), false, alpha, 1.0f);
-}
-
-/* Gauss-Jordan in place: after step k the first k columns are those of the inverse. */
-static void invert(float *a, int64_t ld, int64_t n) {
-  for (int64_t k = 0; k < n; k++) {
-    float *rk = a + k * ld, pivot = 1.0f / rk[k];
-    rk[k] = 1.0f;
-    for (int64_t j = 0; j < n; j++) rk[j] *= pivot;
-    for (int64_t i = 0; i < n; i++) {
-      if (i == k) continue;
-      float *ri = a + i * ld, f = ri[k];
-      ri[k] = 0;
-      for (int64_t j = 0; j < n; j++) ri[j] -= f * rk[j];
-    }
-  }
-}
-static void block_inverse_part(const void *op, const esp_kernels *k, int64_t g0, int64_t g1) {
-  (void)k;
-  const kind_op *o = op;
-  for (int64_t g = g0; g < g1; g++) {
-    for (int64_t i = g * o->p; i < (g + 1) * o->p; i++)
-      memmove(esp_row(&o->y, i), esp_row(&o->a, i), (size_t)o->p * sizeof(float));
-    invert(esp_row(&o->y, g * o->p), o->y.ld, o->p);
-  }
-}
-void esp_cpu_block_inverse(esp_backend *be, esp_tensor inv, esp_tensor m, int blocks) {
-  int64_t n = esp_tensor_cols(&m);
-  assert(m.dtype == ESP_F32 && inv.dtype == ESP_F32 && esp_tensor_rows(&m) == n * blocks);
-  assert(esp_tensor_rows(&inv) == n * blocks && esp_tensor_cols(&inv) == n);
-  kind_op o = {.y = inv, .a = m, .p = n};
-  esp_split(be, blocks, esp_row_step(n * n), &o, block_inverse_part);
-}
-
 /* ---- rows as matrices ---- */
-static float load(const esp_tensor *t, int64_t r, int64_t c) {
-  const void *row = esp_row(t, r);
-  return esp_is_b(t) ? esp_bf16_to_f32(((const uint16_t *)row)[c]) : ((const float *)row)[c];
-}
-static void store(const esp_tensor *t, int64_t r, int64_t c, float v) {
-  void *row = esp_row(t, r);
-  if (esp_is_b(t))
-    ((uint16_t *)row)[c] = esp_f32_to_bf16(v);
-  else
-    ((float *)row)[c] = v;
-}
-
+/* By tiles of 16 x 16, so that what is written by columns stays in the first-level cache. */
+#define TRANSPOSE(to, from, CONVERT)                                                                                   \
+  for (int64_t i0 = 0; i0 < a; i0 += 16)                                                                               \
+    for (int64_t j0 = 0; j0 < b; j0 += 16)                                                                             \
+      for (int64_t j = j0; j < j0 + 16 && j < b; j++)                                                                  \
+        for (int64_t i = i0; i < i0 + 16 && i < a; i++) to[j * a + i] = CONVERT(from[i * b + j])
 static void transpose_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
   (void)k;
   const kind_op *o = op;
-  for (int64_t r = r0; r < r1; r++)
-    for (int64_t i = 0; i < o->p; i++)
-      for (int64_t j = 0; j < o->q; j++) store(&o->y, r, j * o->p + i, load(&o->a, r, i * o->q + j));
+  int64_t a = o->p, b = o->q;
+  for (int64_t r = r0; r < r1; r++) {
+    uint16_t *yh = esp_row(&o->y, r);
+    float *yf = esp_row(&o->y, r);
+    const uint16_t *xh = esp_row(&o->a, r);
+    const float *xf = esp_row(&o->a, r);
+    if (esp_is_b(&o->y) && esp_is_b(&o->a))
+      TRANSPOSE(yh, xh, );
+    else if (esp_is_b(&o->y))
+      TRANSPOSE(yh, xf, esp_f32_to_bf16);
+    else if (esp_is_b(&o->a))
+      TRANSPOSE(yf, xh, esp_bf16_to_f32);
+    else
+      TRANSPOSE(yf, xf, );
+  }
 }
+#undef TRANSPOSE
 void esp_cpu_transpose_rows(esp_backend *be, esp_tensor y, esp_tensor x, int64_t a, int64_t b) {
   assert(esp_tensor_cols(&x) == a * b && esp_tensor_cols(&y) == a * b && esp_tensor_rows(&y) == esp_tensor_rows(&x));
   kind_op o = {.y = y, .a = x, .p = a, .q = b};

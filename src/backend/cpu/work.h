@@ -29,6 +29,21 @@ static inline int64_t esp_cpu_work_sparse(int64_t cols) {
 static inline int64_t esp_cpu_work_ce(int64_t rows) {
   return (rows + 3) / 4 * 64; /* loss and hit of each row */
 }
+/* Small blocks as fp32 (ops_kinds.c), merged until they fill a register. */
+static inline int64_t esp_cpu_block_merge(int64_t q, int64_t blocks) {
+  int64_t n = (ESP_BLOCK_LANES + q - 1) / q;
+  return n < blocks ? n : blocks;
+}
+static inline int64_t esp_cpu_block_ld(int64_t q, int64_t merged) { /* two whole registers are read at a time */
+  return (q * merged + 2 * ESP_BLOCK_LANES - 1) / (2 * ESP_BLOCK_LANES) * (2 * ESP_BLOCK_LANES);
+}
+static inline bool esp_cpu_block_small(int64_t p, int64_t q, int blocks) {
+  return blocks > 1 && p <= ESP_BLOCK_SMALL && q <= ESP_BLOCK_SMALL;
+}
+static inline int64_t esp_cpu_work_block_matmul(int64_t p, int64_t q, int blocks, bool shared) {
+  int64_t merged = esp_cpu_block_merge(q, blocks), n = shared ? 1 : (blocks + merged - 1) / merged;
+  return n * merged * p * esp_cpu_block_ld(q, merged) * 4;
+}
 
 /* The backend's one scratch buffer, grown to `bytes`; NULL with the sticky error set. */
 void *esp_cpu_work(esp_backend *be, int64_t bytes);
