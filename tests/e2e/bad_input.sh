@@ -190,6 +190,13 @@ bad "layers without any" 2 "adapter.top_layers: the kind layers needs top_layers
 bad "layers said twice" 2 "adapter.top_layers: layers was given too" $no run r.yaml adapter.type=layers adapter.top_layers=1 'adapter.layers=[0]'
 bad "more top layers than there are" 2 "adapter.top_layers: 9, the base has 2 layers" $no run r.yaml adapter.type=layers adapter.top_layers=9
 bad "a trained layer that is not there" 2 "adapter.layers: there is no layer 5, the base has 2" $no run r.yaml adapter.type=layers 'adapter.layers=[5]'
+bad "loha with dropout" 2 "adapter.dropout: not for type loha" $no run r.yaml adapter.type=loha adapter.dropout=0.1
+bad "lokr of rank-stabilised scale" 2 "adapter.rslora: not for type lokr" $no run r.yaml adapter.type=lokr adapter.rslora=true
+bad "a factor that is no divisor's size" 2 "adapter.decompose_factor: -3 is out of range" $no run r.yaml adapter.type=lokr adapter.decompose_factor=-3
+bad "ranks that differ over layers that share" 2 "adapter.rank_pattern: model.layers.1.self_attn.q_proj shares its factors with model.layers.0.self_attn.q_proj and needs the same rank" $no run r.yaml adapter.type=lotr 'adapter.rank_pattern={layers.1.self_attn.q_proj: 2}'
+bad "a skeleton larger than the weight" 2 "adapter.r: pmss takes at most [0-9]+ rows and columns of model.layers.0.self_attn.q_proj, 4000 were asked for" $no run r.yaml adapter.type=pmss adapter.r=4000
+bad "an unknown choice of rows" 2 "adapter.pmss_select: 'leverage' is not one of" $no run r.yaml adapter.type=pmss adapter.pmss_select=leverage
+bad "hut with trained biases" 2 "adapter.bias: type hut scales biases already" $no run r.yaml adapter.type=hut adapter.bias=all
 bad "a square matrix wider than the module" 2 "adapter.r: the square matrix of mora would be [0-9]+ wide" $no run r.yaml adapter.type=mora adapter.r=4000
 bad "mora of a scaled kind" 2 "adapter.rslora: is for lora" $no run r.yaml adapter.type=mora adapter.rslora=true
 bad "more heads than there are" 2 "adapter.s2ft_heads: must be in 1 to [0-9]+, the heads of the base, is 99" $no run r.yaml adapter.type=s2ft adapter.s2ft_heads=99 adapter.s2ft_channels=4
@@ -213,8 +220,6 @@ bad "shards wider than the input" 2 "adapter.r: 64 is more than the 48 inputs of
 bad "columns that do not divide" 2 "adapter.mini_r: 7 does not divide the [0-9]+ outputs of model" $no run r.yaml adapter.type=miss adapter.miss_type=mini adapter.mini_r=7
 bad "affine blocks that do not divide" 2 "adapter.r: model.* is .[0-9]+, 48., which blocks of 7 do not divide" $no run r.yaml adapter.type=bat adapter.r=7
 bad "ranks of its own per module" 2 "adapter.rank_pattern: miss is the same for every module" $no run r.yaml adapter.type=miss 'adapter.rank_pattern={q_proj: 2}'
-bad "a penalty that is not known" 2 "orthogonal.*l2.*l1" $no run r.yaml adapter.type=o-lora adapter.orthogonal=l2
-bad "an init of lora for a kind per task" 2 "adapter.init: 'pissa' is for lora, not for incremental_rank" $no run r.yaml adapter.type=incremental_rank adapter.init=pissa
 bad "adapter missing" 3 "noadapter" $no eval r.yaml -a noadapter
 bad "adapter_config.json missing" 3 "adapter_config.json" "rm $ad/adapter_config.json" eval r.yaml -a $ad
 bad "adapter_config.json not JSON" 3 "adapter_config.json:[0-9]+" "replace $ad/adapter_config.json '{'" eval r.yaml -a $ad
