@@ -70,8 +70,8 @@ typedef struct esp_adapter_cfg {
   const char *feedforward_regex;
   /* vera */
   int64_t projection_key; /* seed of the shared projections */
-  bool no_projection;     /* they are not in the file */
-  double d_initial;
+  bool save_projection;   /* they are in the file */
+  double d_initial;       /* of lambda_d; 0: 0.1 */
   /* layers */
   int64_t top_layers; /* the last so many blocks; 0: those of `layers` */
   /* fish, spu; 0 and NULL: the defaults of the kind */

@@ -11,7 +11,7 @@
 extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr, esp_kind_lotr, esp_kind_pmss, esp_kind_hut;
 extern const esp_adapter_kind esp_kind_fish, esp_kind_spu, esp_kind_layers, esp_kind_s2ft;
 extern const esp_adapter_kind esp_kind_mora, esp_kind_olora_cl, esp_kind_incremental_rank;
-extern const esp_adapter_kind esp_kind_dora;
+extern const esp_adapter_kind esp_kind_dora, esp_kind_vera;
 extern const esp_adapter_kind esp_kind_ia3, esp_kind_ln_tuning, esp_kind_bitfit;
 extern const esp_adapter_kind esp_kind_adalora;
 extern const esp_adapter_kind esp_kind_lora, esp_kind_full, esp_kind_none;

@@ -6,6 +6,7 @@
 /* clang-format off */
 static const esp_adapter_kind *const kinds[] = {
     &esp_kind_lora,
+    &esp_kind_vera,
     &esp_kind_dora,
     &esp_kind_loha,
     &esp_kind_lokr,
@@ -18,7 +19,9 @@ static const esp_adapter_kind *const kinds[] = {
     &esp_kind_full,
     &esp_kind_none,
     &esp_kind_layers,
-    &esp_kind_s2ft, &esp_kind_fish, &esp_kind_spu,
+    &esp_kind_s2ft,
+    &esp_kind_fish,
+    &esp_kind_spu,
     &esp_kind_mora,
     &esp_kind_olora_cl,
     &esp_kind_incremental_rank,

@@ -77,6 +77,7 @@ static inline void fx_close(fx_run *r) {
 static inline void fx_shake(esp_adapter *a, float sd, uint64_t seed) {
   for (int i = 0; i < a->params->count; i++) {
     int64_t n = a->params->list[i].numel;
+    if (a->params->list[i].local) continue;
     float *x = malloc((size_t)n * sizeof *x);
     esp_params_get(a->params, i, x);
     for (int64_t k = 0; k < n; k++) x[k] += sd * esp_rng_normal(seed, (uint64_t)i, (uint64_t)k);

@@ -27,6 +27,7 @@ typedef struct row {
 #define LOKR .type = "lokr", .r = 2, .alpha = 20, .seed = 5
 
 #define DORA .type = "dora", .r = 4, .alpha = 6, .seed = 5
+#define VERA .type = "vera", .r = 6, .projection_key = 3
 #define IA3 .type = "ia3", .r = 1
 #define LN .type = "ln_tuning", .r = 1
 #define BITFIT .type = "bitfit", .r = 1
@@ -197,6 +198,10 @@ static const row rows[] = {
      false},
     {"dora orthogonal", "qwen", {DORA, .init = "orthogonal", NAMES("k_proj", "lm_head")}, false},
     {"dora dropout", "qwen", {DORA, .dropout = 0.3, NAMES("q_proj", "k_proj", "gate_proj", "down_proj")}, false},
+    {"vera all-linear", "qwen", {VERA, .save_projection = true, NAMES("all-linear")}, false},
+    {"vera conv1d seeded", "gpt2", {VERA, NAMES("c_attn", "c_fc"), .bias = "lora_only"}, false},
+    {"vera parts of groups", "llama", {VERA, NAMES("q_proj", "v_proj", "up_proj"), LAYER_1}, false},
+    {"vera dropout", "qwen", {VERA, .dropout = 0.3, NAMES("k_proj", "gate_proj", "down_proj", "lm_head")}, false},
     {"ln_tuning", "qwen", {LN, NAMES("all-linear")}, false},
     {"ln_tuning named", "llama", {LN, NAMES("input_layernorm", "model.norm"), LAYER_1}, false},
     {"ln_tuning biases", "gpt2", {LN, NAMES("ln_1", "ln_f"), SAVED("h.0.mlp.c_fc")}, false},
@@ -421,6 +426,7 @@ static void gradients(void **state) {
       if (q->frozen) continue;
       if (q->frozen || q->numel == 0) continue;
       double norm = 0;
+      if (q->frozen) continue;
       for (int64_t k = 0; k < q->numel; k++) norm += (double)g[k] * g[k];
       norm = sqrt(norm);
       /* softmax does not see a constant added to all keys: the gradient of k's bias is zero up to rounding */

@@ -27,6 +27,8 @@ static const struct {
     {"olora", "mistral", false},
     {"dora", "llama", true},
     {"dora_biases", "gpt2", true},
+    {"vera", "llama", true},
+    {"vera_seeded", "gpt2", true},
     {"ia3", "llama", true},
     {"ia3_biases", "gpt2", true},
     {"ln_tuning", "qwen3", true},
@@ -115,6 +117,7 @@ static double worst(const esp_adapter *a, esp_st *st, const char *prefix, const 
   for (int i = 0; i < a->params->count; i++) {
     const esp_param *p = &a->params->list[i];
     int64_t n;
+    if (p->frozen) continue; /* not a parameter in PEFT */
     const float *want = tensor(st, prefix, p->name, &n);
     float *have = test_malloc((size_t)p->numel * sizeof *have);
     assert_int_equal(n, p->numel);
@@ -234,6 +237,31 @@ static void parity(void **state) {
   }
 }
 
+/* The shared projections of VeRA are torch's draws, bit for bit. */
+static void projections(void **state) {
+  fx_run r;
+  esp_st *st;
+  esp_adapter *a;
+  esp_adapter_cfg cfg = {.type = "vera", .r = 6, .projection_key = 3, .target_regex = "all-linear"};
+  OK(esp_st_open(golden("peft/", "vera/start/adapter_model.safetensors"), &st));
+  fx_open(&r, golden("models/", "llama"), ESP_F32, false);
+  OK(esp_adapter_create(r.m, &cfg, "default", false, &a));
+  float *have = fx_masters(a);
+  for (int i = 0; i < 2; i++) {
+    const char *name = i ? "base_model.vera_B" : "base_model.vera_A";
+    const esp_param *p = &a->params->list[esp_params_find(a->params, name)];
+    int64_t n;
+    const float *want = tensor(st, name, "", &n);
+    assert_int_equal(n, p->numel);
+    assert_memory_equal(have + p->offset, want, (size_t)n * sizeof *want);
+    test_free((void *)(uintptr_t)want);
+  }
+  free(have);
+  esp_adapter_destroy(a);
+  fx_close(&r);
+  esp_st_close(st);
+}
+
 /* One string as target is a regex, a list is names; the configuration travels through adapter_config.json's reader. */
 static void matching(void **state) {
   json_t *j, *c, *hit;
@@ -266,7 +294,8 @@ static void matching(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(parity), cmocka_unit_test(matching)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(parity), cmocka_unit_test(projections),
+                                     cmocka_unit_test(matching)};
   test_backend_or_exit();
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
