@@ -19,6 +19,15 @@ typedef struct esp_merge_options {
   const char *out;   /* model directory to write */
   const char *dtype; /* NULL: as stored */
   int64_t verify;    /* samples whose logits are compared, merged against unmerged; 0: none */
+  /* The adapters become one LoRA first (NULL: no): linear, svd, cat, ties, ties_svd, dare_ties, dare_linear,
+   * dare_ties_svd, dare_linear_svd, magnitude_prune or magnitude_prune_svd. `out` is then an adapter directory, and
+   * with into_model the model that it is merged into. */
+  const char *combine;
+  int into_model;
+  double density;            /* ties, dare_*, magnitude_prune*: share of entries that stay */
+  const char *majority_sign; /* ties*, dare_ties*: "total" (NULL: this) or "frequency" */
+  uint64_t seed;             /* dare_* */
+  int64_t rank; /* at most; 0: what carries the combination, for the svd types the largest of the adapters */
 } esp_merge_options;
 typedef struct esp_merge_result {
   int64_t tensors, changed;     /* written, of them changed */
@@ -26,6 +35,9 @@ typedef struct esp_merge_result {
   double max_abs, max_rel;      /* logits, verified */
   double top1_agreement;
   int64_t rows; /* compared */
+  int sites;    /* combined modules, and the rank of the LoRA */
+  int64_t rank;
+  double max_error, mean_error; /* relative Frobenius error of a truncation */
 } esp_merge_result;
 ESP_API esp_status esp_merge(const esp_merge_options *o, esp_merge_result *out);
 
@@ -36,6 +48,7 @@ typedef struct esp_extract_options {
 } esp_extract_options;
 typedef struct esp_extract_result {
   int sites;
+  int64_t rank;                 /* of the LoRA, 0: the adapter as it was */
   double max_error, mean_error; /* relative Frobenius error of the truncation */
 } esp_extract_result;
 ESP_API esp_status esp_extract(const esp_extract_options *o, esp_extract_result *out);

@@ -1,4 +1,5 @@
 /* tools.c: thin doors to the rooms that work on files. */
+#include <stdio.h>
 #include <string.h>
 
 #include "api/api.h"
@@ -7,26 +8,75 @@
 #include "io/file.h"
 #include "merge/merge.h"
 
-esp_status esp_merge(const esp_merge_options *o, esp_merge_result *out) {
-  esp_merge_spec spec = {.base = o->base,
-                         .adapters = o->adapters,
-                         .weights = o->adapter_weights,
-                         .n_adapters = o->n_adapters,
-                         .out = o->out,
-                         .dtype = o->dtype};
+static esp_status combine(const esp_merge_options *o, const char *out, esp_merge_result *r) {
+  const char *sign = o->majority_sign ? o->majority_sign : "total";
+  if (strcmp(sign, "total") && strcmp(sign, "frequency"))
+    return esp_fail(ESP_ERR_RECIPE, "merge: majority sign '%s' is none of total, frequency", sign);
+  esp_combine_spec spec = {.base = o->base,
+                           .adapters = o->adapters,
+                           .weights = o->adapter_weights,
+                           .n_adapters = o->n_adapters,
+                           .out = out,
+                           .type = o->combine,
+                           .density = o->density,
+                           .frequency = strcmp(sign, "frequency") == 0,
+                           .seed = o->seed,
+                           .rank = o->rank};
+  esp_svd_stats s;
+  ESP_TRY(esp_combine_write(&spec, &s));
+  r->sites = s.sites;
+  r->rank = s.rank;
+  r->max_error = s.max_error;
+  r->mean_error = s.mean_error;
+  return ESP_OK;
+}
+
+static esp_status merge_model(const esp_merge_options *o, const char *const *adapters, const double *weights, int n,
+                              esp_merge_result *r) {
+  esp_merge_spec spec = {
+      .base = o->base, .adapters = adapters, .weights = weights, .n_adapters = n, .out = o->out, .dtype = o->dtype};
   esp_merge_stats m;
   esp_verify_stats v = {0};
-  if (o->n_adapters < 1) return esp_fail(ESP_ERR_RECIPE, "merge: names no adapter");
   ESP_TRY(esp_merge_write(&spec, &m));
   if (o->verify > 0) ESP_TRY(esp_merge_verify(&spec, o->verify, &v));
-  if (out)
-    *out = (esp_merge_result){m.tensors, m.changed, m.max_delta,      m.lost_share,
-                              v.max_abs, v.max_rel, v.top1_agreement, v.rows};
+  r->tensors = m.tensors;
+  r->changed = m.changed;
+  r->max_delta = m.max_delta;
+  r->lost_share = m.lost_share;
+  r->max_abs = v.max_abs;
+  r->max_rel = v.max_rel;
+  r->top1_agreement = v.top1_agreement;
+  r->rows = v.rows;
+  return ESP_OK;
+}
+
+esp_status esp_merge(const esp_merge_options *o, esp_merge_result *out) {
+  esp_merge_result r = {0};
+  if (o->n_adapters < 1) return esp_fail(ESP_ERR_RECIPE, "merge: names no adapter");
+  if (!o->combine) {
+    ESP_TRY(merge_model(o, o->adapters, o->adapter_weights, o->n_adapters, &r));
+  } else if (!o->into_model) {
+    if (o->dtype || o->verify)
+      return esp_fail(ESP_ERR_RECIPE, "merge: dtype and verify are for a model, see into_model");
+    ESP_TRY(combine(o, o->out, &r));
+  } else { /* the combined adapter stands beside the model for as long as it takes */
+    char staged[ESP_PATH], beside[ESP_PATH];
+    const char *const one = staged;
+    if (snprintf(beside, sizeof beside, "%s.combined", o->out) >= (int)sizeof beside)
+      return esp_fail(ESP_ERR_RECIPE, "merge: the path of the output is too long");
+    ESP_TRY(esp_dir_stage(beside, staged, sizeof staged));
+    esp_status st = esp_remove_tree(staged); /* a name that is free: the adapter makes the directory itself */
+    if (st == ESP_OK) st = combine(o, staged, &r);
+    if (st == ESP_OK) st = merge_model(o, &one, NULL, 1, &r);
+    if (esp_dir_exists(staged)) esp_remove_tree(staged);
+    ESP_TRY(st);
+  }
+  if (out) *out = r;
   return ESP_OK;
 }
 
 static void svd_result(const esp_svd_stats *s, esp_extract_result *out) {
-  if (out) *out = (esp_extract_result){s->sites, s->max_error, s->mean_error};
+  if (out) *out = (esp_extract_result){s->sites, s->rank, s->max_error, s->mean_error};
 }
 
 esp_status esp_extract(const esp_extract_options *o, esp_extract_result *out) {

@@ -20,7 +20,8 @@ static int extract(cli_args *a) {
   esp_status st = esp_extract(&o, &r);
   if (st != ESP_OK) return cli_fail(st);
   if (a->json)
-    printf("{\"sites\": %d, \"max_error\": %.9g, \"mean_error\": %.9g}\n", r.sites, r.max_error, r.mean_error);
+    printf("{\"sites\": %d, \"rank\": %lld, \"max_error\": %.9g, \"mean_error\": %.9g}\n", r.sites, (long long)r.rank,
+           r.max_error, r.mean_error);
   else if (!a->quiet)
     printf("%s: %d modules, rank %lld, relative error of the truncation: mean %.3g, largest %.3g\n", o.out, r.sites,
            (long long)o.rank, r.mean_error, r.max_error);

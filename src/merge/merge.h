@@ -4,6 +4,7 @@
  *          mirror the base's; the base is never modified, so unmerging is using the base again. A head that an adapter
  *          changed away from a tied embedding is written on its own and tie_word_embeddings becomes false.
  * extract: A, B from the truncated SVD of W_tuned - W_base: B = U sqrt(S), A = sqrt(S) V^T, alpha = r.
+ * combine: several adapters as one LoRA.
  * export:  any adapter as a plain LoRA, exactly where its kind has a low-rank form, else by truncated SVD with the
  * error.
  */
@@ -36,14 +37,31 @@ esp_status esp_merge_verify(const esp_merge_spec *spec, int64_t samples, esp_ver
 
 typedef struct esp_svd_stats {
   int sites;
+  int64_t rank;                 /* of the LoRA that was written */
   double max_error, mean_error; /* ||delta - BA||_F / ||delta||_F */
 } esp_svd_stats;
 esp_status esp_extract_write(const char *base, const char *tuned, const char *out, int64_t rank, const char *target,
                              esp_svd_stats *stats);
 
+/* Several adapters as one LoRA (combine.c has the types and their formulas). */
+typedef struct esp_combine_spec {
+  const char *base;
+  const char *const *adapters;
+  const double *weights; /* NULL: 1 each */
+  int n_adapters;
+  const char *out; /* adapter directory */
+  const char *type;
+  double density; /* share of entries that stay, 0: not given */
+  bool frequency; /* signs are elected by number and not by total */
+  uint64_t seed;  /* of the masks */
+  int64_t rank;   /* 0: what the type gives */
+} esp_combine_spec;
+esp_status esp_combine_write(const esp_combine_spec *spec, esp_svd_stats *stats);
+const char *const *esp_combine_names(int *n);
+
 /* as_lora: rewrite as a plain LoRA (rank 0: the exact rank). for_vllm: implies as_lora, one rank for all sites (padded
  * with zeros), alpha = r, no rank or alpha pattern; what vLLM cannot load (modules_to_save, bias, token rows, embedding
- * sites) is ESP_ERR_DATA naming it. */
+ * sites) is ESP_ERR_RECIPE naming it. */
 esp_status esp_export_write(const char *base, const char *adapter, const char *out, bool as_lora, bool for_vllm,
                             int64_t rank, esp_svd_stats *stats);
 

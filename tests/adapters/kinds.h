@@ -7,9 +7,8 @@
 
 /* Kinds that need a key of their own, or that a small base does not suit. */
 static const char *const kinds_keys[][2] = {
-    {"layers", "top_layers: 1"},
-    {"adalora", "target_r: 2"},
-    {"oft", "r: 0"},
+    {"layers", "top_layers: 1"},     {"adalora", "target_r: 2"},     {"oft", "oft_block_size: 4"},
+    {"fish", "sparse_mask: random"}, {"spu", "sparse_mask: random"},
 };
 
 static inline esp_recipe *kinds_recipe(const char *type, const char *more) {
@@ -17,11 +16,10 @@ static inline esp_recipe *kinds_recipe(const char *type, const char *more) {
   const char *own = "";
   for (size_t i = 0; i < sizeof kinds_keys / sizeof kinds_keys[0]; i++)
     if (strcmp(kinds_keys[i][0], type) == 0) own = kinds_keys[i][1];
-  bool r = strstr(own, "r: 0") != NULL;
   snprintf(yaml, sizeof yaml,
-           "model: {base_model: base}\nadapter: {type: %s, %salpha: 8%s%s%s}\n"
+           "model: {base_model: base}\nadapter: {type: %s, r: 4, alpha: 8%s%s%s}\n"
            "tasks: [{name: t, data: [{path: t.jsonl}]}]\n",
-           type, r ? "" : "r: 4, ", *own && !r ? ", " : "", r ? "" : own, more);
+           type, *own ? ", " : "", own, more);
   esp_recipe *out;
   OK(esp_recipe_parse(yaml, strlen(yaml), "r.yaml", NULL, 0, &out));
   return out;

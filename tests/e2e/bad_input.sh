@@ -93,7 +93,15 @@ bad "threads out of range" 2 "--threads: expected an integer from 1 to 4096, got
 bad "required option missing" 2 "^espalier merge: --base DIR is missing" $no merge -a $ad -o out
 bad "merge to an unknown type" 2 "--dtype: 'fp8' is not one of bf16, fp16, fp32" $no merge -b model -a $ad -o out --dtype fp8
 bad "export as an unknown kind" 2 "--as: 'dora' is not lora" $no export -b model -a $ad -o out --as dora
-bad "export for an unknown program" 2 "--target: 'ollama' is not vllm" $no export -b model -a $ad -o out --target ollama
+bad "export for an unknown program" 2 "--for: 'ollama' is not vllm" $no export -b model -a $ad -o out --for ollama
+bad "combination that is none" 2 "combine: 'tie' is none of linear, svd, cat, ties" $no merge -b model -a $ad -o out --combine tie
+bad "density without combination" 2 "--density is for --combine" $no merge -b model -a $ad -o out --density 0.5
+bad "combination without density" 2 "combine: dare_ties needs a density" $no merge -b model -a $ad -o out --combine dare_ties
+bad "density that is not used" 2 "combine: cat takes no density" $no merge -b model -a $ad -o out --combine cat --density 0.5
+bad "density out of range" 2 "--density: expected a number from 0 to 1" $no merge -b model -a $ad -o out --combine ties --density 2
+bad "majority sign that is none" 2 "majority sign 'most' is none of total, frequency" $no merge -b model -a $ad -o out --combine ties --density 0.5 --majority-sign most
+bad "majority sign without election" 2 "combine: magnitude_prune elects no sign" $no merge -b model -a $ad -o out --combine magnitude_prune --density 0.5 --majority-sign frequency
+bad "verification of an adapter" 2 "dtype and verify are for a model" $no merge -b model -a $ad -o out --combine cat --verify 2
 bad "extract with rank 0" 2 "--rank: expected an integer from 1" $no extract -b model -t model -o out -r 0
 bad "unknown colour mode" 2 "--color: 'blue' is not one of" $no data r.yaml --color blue
 bad "sampling without temperature" 2 "need --temperature" $no generate -m model -p x --top-k 5

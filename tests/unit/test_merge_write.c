@@ -246,7 +246,7 @@ static void refusals(void **state) {
                                .n_modules_to_save = 1},
             NULL);
   esp_svd_stats stats;
-  assert_int_equal(esp_export_write(base, lora, other, false, true, 0, &stats), ESP_ERR_DATA);
+  assert_int_equal(esp_export_write(base, lora, other, false, true, 0, &stats), ESP_ERR_RECIPE);
   assert_non_null(strstr(esp_error_message(), "lm_head"));
   assert_false(esp_dir_exists(other));
   assert_int_equal(esp_extract_write(base, base, other, 2, "nothing", &stats), ESP_ERR_RECIPE);
