@@ -9,8 +9,9 @@
  *             cut or repeated to `out` columns. Segments beyond the cut have no effect and are not computed.
  * There is no scale: alpha is not used. M starts at zero.
  *
- * Nothing is kept for backward: C(x) is made again from x, which costs one pass over it. Neighbouring sites with the
- * same n share C(x) and the way back through it.
+ * Nothing is kept for backward. sharing: C(x) is made again from x, which costs one pass over it. rotation: no turned x
+ * is ever made, M R_g acts on segment g of x in its place. Neighbouring sites with the same n share C(x) and the way
+ * back.
  */
 #include <math.h>
 #include <stdio.h>
@@ -142,17 +143,17 @@ static void ring_copy(esp_run *run, esp_tensor dst, esp_tensor src, int64_t at, 
   }
 }
 
-/* y = x turned by the angles of each segment (inverse: turned back); [T, used * n], y does not overlap x. */
+/* Rows [rows, used * n], fp32, each segment turned by its angles (inverse: back); y does not overlap x. */
 static void rotate(esp_run *run, const mora_group *mg, int k, const mora_site *ms, esp_tensor y, esp_tensor x,
                    bool inverse) {
   const esp_backend_ops *ops = run->be->ops;
   int64_t rows = esp_tensor_rows(&x), width = ms->used * ms->n, half = ms->n / 2;
   int64_t mark = esp_stack_mark(run->stack);
-  esp_tensor xs = esp_stack_tensor(run->stack, run->compute, rows, width);
+  esp_tensor xs = esp_stack_tensor(run->stack, ESP_F32, rows, width);
   ops->mul_cols(run->be, y, x, esp_tensor_1d(mg->cosine[k], ESP_F32, width));
   ops->mul_cols(run->be, xs, x, esp_tensor_1d(mg->sine[k], ESP_F32, width));
-  esp_tensor ys = esp_tensor_2d(y.data, y.dtype, rows * ms->used, ms->n);
-  xs = esp_tensor_2d(xs.data, xs.dtype, rows * ms->used, ms->n);
+  esp_tensor ys = esp_tensor_2d(y.data, ESP_F32, rows * ms->used, ms->n);
+  xs = esp_tensor_2d(xs.data, ESP_F32, rows * ms->used, ms->n);
   ops->axpby(run->be, esp_tensor_cols_view(&ys, 0, half), inverse ? 1.0f : -1.0f, esp_tensor_cols_view(&xs, half, half),
              1.0f);
   ops->axpby(run->be, esp_tensor_cols_view(&ys, half, half), inverse ? -1.0f : 1.0f, esp_tensor_cols_view(&xs, 0, half),
@@ -160,38 +161,60 @@ static void rotate(esp_run *run, const mora_group *mg, int k, const mora_site *m
   esp_stack_release(run->stack, mark);
 }
 
-/* C(x) as rows of n: [T * used, n], on the stack. */
-static esp_tensor compress(esp_adapter *a, esp_run *run, const mora_group *mg, int k, esp_tensor x) {
-  const mora_site *ms = run_site(a, mg, &mg->runs[k]);
-  int64_t rows = esp_tensor_rows(&x), width = ms->used * ms->n;
-  esp_tensor u = esp_stack_tensor(run->stack, run->compute, rows, width);
+/* Turning x is turning M back: [n, used * n] on the stack, block g is M R_g. M is much smaller than x. */
+static esp_tensor turned(esp_adapter *a, esp_run *run, const mora_group *mg, int k, const mora_site *ms) {
+  const esp_backend_ops *ops = run->be->ops;
+  int64_t width = ms->used * ms->n;
+  esp_tensor w = esp_stack_tensor(run->stack, run->compute, ms->n, width);
   int64_t mark = esp_stack_mark(run->stack);
-  if (rotates(&a->cfg)) {
-    esp_tensor padded = esp_stack_tensor(run->stack, run->compute, rows, width);
-    ring_copy(run, padded, x, 0, 0.0f, false);
-    rotate(run, mg, k, ms, u, padded, false);
-  } else { /* the sum in fp32, rounded once */
-    esp_tensor sum = run->compute == ESP_F32 ? u : esp_stack_tensor(run->stack, ESP_F32, rows, width);
-    for (int64_t s = 0; s < ms->segments; s++) ring_copy(run, sum, x, s * ms->n, s > 0 ? 1.0f : 0.0f, false);
-    if (run->compute != ESP_F32) run->be->ops->axpby(run->be, u, 1.0f, sum, 0.0f);
-  }
+  esp_tensor copies = esp_stack_tensor(run->stack, ESP_F32, ms->n, width);
+  esp_tensor exact = run->compute == ESP_F32 ? w : esp_stack_tensor(run->stack, ESP_F32, ms->n, width);
+  for (int64_t g = 0; g < ms->used; g++)
+    ops->axpby(run->be, esp_tensor_cols_view(&copies, g * ms->n, ms->n), 1.0f, esp_param_master(a->params, ms->m),
+               0.0f);
+  rotate(run, mg, k, ms, exact, copies, true);
+  if (run->compute != ESP_F32) ops->axpby(run->be, w, 1.0f, exact, 0.0f);
   esp_stack_release(run->stack, mark);
-  return esp_tensor_2d(u.data, u.dtype, rows * ms->used, ms->n);
+  return w;
 }
 
-/* dx += C^T du. */
-static void compress_bwd(esp_adapter *a, esp_run *run, const mora_group *mg, int k, esp_tensor dx) {
-  const mora_site *ms = run_site(a, mg, &mg->runs[k]);
-  int64_t rows = esp_tensor_rows(&dx), width = ms->used * ms->n;
-  esp_tensor du = esp_tensor_2d(mg->runs[k].du.data, mg->runs[k].du.dtype, rows, width);
+/* dM += the blocks of dw, turned forth. */
+static void turned_bwd(esp_adapter *a, esp_run *run, const mora_group *mg, int k, const mora_site *ms, esp_tensor dw) {
   int64_t mark = esp_stack_mark(run->stack);
-  if (rotates(&a->cfg)) {
-    esp_tensor back = esp_stack_tensor(run->stack, run->compute, rows, width);
-    rotate(run, mg, k, ms, back, du, true);
-    ring_copy(run, back, dx, 0, 1.0f, true);
-  } else
-    for (int64_t s = 0; s < ms->segments; s++) ring_copy(run, du, dx, s * ms->n, 1.0f, true);
+  esp_tensor back = esp_stack_tensor(run->stack, ESP_F32, ms->n, ms->used * ms->n);
+  rotate(run, mg, k, ms, back, dw, false);
+  for (int64_t g = 0; g < ms->used; g++)
+    run->be->ops->axpby(run->be, esp_param_grad(a->params, ms->m), 1.0f, esp_tensor_cols_view(&back, g * ms->n, ms->n),
+                        1.0f);
   esp_stack_release(run->stack, mark);
+}
+
+/* Segment g of x: a view, but for the last one where x is continued by its first columns. */
+static esp_tensor segment(esp_run *run, const mora_site *ms, esp_tensor x, int64_t g) {
+  if ((g + 1) * ms->n <= esp_tensor_cols(&x)) return esp_tensor_cols_view(&x, g * ms->n, ms->n);
+  esp_tensor s = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), ms->n);
+  ring_copy(run, s, x, g * ms->n, 0.0f, false);
+  return s;
+}
+
+/* Block g of w where it acts on the columns of y that there are. */
+static esp_tensor block(const mora_site *ms, const esp_tensor *w, int64_t g, const esp_tensor *y, esp_tensor *yg) {
+  int64_t left = esp_tensor_cols(y) - g * ms->n, n = left < ms->n ? left : ms->n;
+  esp_tensor b = esp_tensor_cols_view(w, g * ms->n, ms->n);
+  *yg = esp_tensor_cols_view(y, g * ms->n, n);
+  return esp_tensor_rows_view(&b, 0, n);
+}
+
+/* sharing: C(x), [T, n] on the stack: the sum in fp32, rounded once. */
+static esp_tensor compress(esp_run *run, const mora_site *ms, esp_tensor x) {
+  int64_t rows = esp_tensor_rows(&x);
+  esp_tensor u = esp_stack_tensor(run->stack, run->compute, rows, ms->n);
+  int64_t mark = esp_stack_mark(run->stack);
+  esp_tensor sum = run->compute == ESP_F32 ? u : esp_stack_tensor(run->stack, ESP_F32, rows, ms->n);
+  for (int64_t s = 0; s < ms->segments; s++) ring_copy(run, sum, x, s * ms->n, s > 0 ? 1.0f : 0.0f, false);
+  if (run->compute != ESP_F32) run->be->ops->axpby(run->be, u, 1.0f, sum, 0.0f);
+  esp_stack_release(run->stack, mark);
+  return u;
 }
 
 /* ---- dropout on x, drawn once per group and drawn again in backward ---- */
@@ -215,75 +238,123 @@ static esp_tensor maybe_dropped(esp_adapter *a, esp_run *run, const esp_group *g
 
 /* ---- the step ---- */
 
-static void mora_output(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot) {
-  const mora_group *mg = a->group_state[g->index];
-  const esp_backend_ops *ops = run->be->ops;
-  if (!mg) return;
-  int64_t mark = esp_stack_mark(run->stack), rows = esp_tensor_rows(&x);
-  esp_tensor xd = maybe_dropped(a, run, g, x);
-  for (int k = 0; k < mg->n_runs; k++) {
-    const mora_site *shared = run_site(a, mg, &mg->runs[k]);
-    int64_t width = shared->used * shared->n;
-    esp_tensor u = compress(a, run, mg, k, xd);
-    esp_tensor z = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&u), shared->n);
-    for (int i = mg->runs[k].first; i < mg->runs[k].first + mg->runs[k].count; i++) {
-      const esp_site *s = mg->sites[i];
-      const mora_site *ms = a->site_state[s->index];
-      ops->matmul(run->be, z, u, false, esp_param_shadow(a->params, ms->m), true, (float)a->weight, 0.0f);
-      esp_tensor row = esp_tensor_2d(z.data, z.dtype, rows, width);
-      for (int64_t t = 0; t < s->out; t += width) {
-        int64_t n = s->out - t < width ? s->out - t : width;
-        ops->axpby(run->be, esp_tensor_cols_view(&y, s->col0 + t, n), 1.0f, esp_tensor_cols_view(&row, 0, n), 1.0f);
-      }
-    }
+/* y += D z, z [T, used * n]. */
+static void expand(esp_run *run, const esp_site *s, esp_tensor y, esp_tensor z) {
+  int64_t width = esp_tensor_cols(&z);
+  for (int64_t t = 0; t < s->out; t += width) {
+    int64_t n = s->out - t < width ? s->out - t : width;
+    run->be->ops->axpby(run->be, esp_tensor_cols_view(&y, s->col0 + t, n), 1.0f, esp_tensor_cols_view(&z, 0, n), 1.0f);
   }
-  esp_stack_release(run->stack, mark);
 }
 
-/* D^T dy: [T * used, n] on the stack; the sum over the repetitions in fp32. */
+/* D^T dy, [T, used * n] or as many columns as dy has: a view where nothing repeats; the sum in fp32. */
 static esp_tensor expand_bwd(esp_run *run, const mora_site *ms, const esp_site *s, esp_tensor dy) {
   const esp_backend_ops *ops = run->be->ops;
   int64_t rows = esp_tensor_rows(&dy), width = ms->used * ms->n;
+  if (s->out <= width) return esp_tensor_cols_view(&dy, s->col0, s->out);
   esp_tensor dz = esp_stack_tensor(run->stack, run->compute, rows, width);
   int64_t mark = esp_stack_mark(run->stack);
-  esp_tensor sum = dz;
-  if (s->out > width && run->compute != ESP_F32) sum = esp_stack_tensor(run->stack, ESP_F32, rows, width);
-  if (s->out < width) ops->zero(run->be, dz.data, esp_tensor_bytes(&dz));
+  esp_tensor sum = run->compute == ESP_F32 ? dz : esp_stack_tensor(run->stack, ESP_F32, rows, width);
   for (int64_t t = 0; t < s->out; t += width) {
     int64_t n = s->out - t < width ? s->out - t : width;
     ops->axpby(run->be, esp_tensor_cols_view(&sum, 0, n), 1.0f, esp_tensor_cols_view(&dy, s->col0 + t, n),
                t > 0 ? 1.0f : 0.0f);
   }
-  if (sum.data != dz.data) ops->axpby(run->be, dz, 1.0f, sum, 0.0f);
+  if (run->compute != ESP_F32) ops->axpby(run->be, dz, 1.0f, sum, 0.0f);
   esp_stack_release(run->stack, mark);
-  return esp_tensor_2d(dz.data, dz.dtype, rows * ms->used, ms->n);
+  return dz;
 }
 
-/* dM += (D^T dy)^T C(x); du = (D^T dy) M waits for input_bwd. */
+static void rotation_forward(esp_adapter *a, esp_run *run, const mora_group *mg, int k, const esp_site *s, esp_tensor x,
+                             esp_tensor y) {
+  const mora_site *ms = a->site_state[s->index];
+  int64_t width = ms->used * ms->n;
+  bool direct = s->out <= width; /* nothing repeats: straight into y */
+  esp_tensor w = turned(a, run, mg, k, ms), z = esp_tensor_cols_view(&y, s->col0, s->out);
+  if (!direct) z = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), width);
+  for (int64_t g = 0; g < ms->used; g++) {
+    int64_t mark = esp_stack_mark(run->stack);
+    esp_tensor zg, wg = block(ms, &w, g, &z, &zg);
+    run->be->ops->matmul(run->be, zg, segment(run, ms, x, g), false, wg, true, (float)a->weight, direct ? 1.0f : 0.0f);
+    esp_stack_release(run->stack, mark);
+  }
+  if (!direct) expand(run, s, y, z);
+}
+
+static void mora_output(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot) {
+  const mora_group *mg = a->group_state[g->index];
+  if (!mg) return;
+  int64_t mark = esp_stack_mark(run->stack);
+  esp_tensor xd = maybe_dropped(a, run, g, x);
+  for (int k = 0; k < mg->n_runs; k++) {
+    const mora_site *shared = run_site(a, mg, &mg->runs[k]);
+    int64_t inner = esp_stack_mark(run->stack);
+    esp_tensor u = rotates(&a->cfg) ? xd : compress(run, shared, xd);
+    for (int i = mg->runs[k].first; i < mg->runs[k].first + mg->runs[k].count; i++) {
+      const esp_site *s = mg->sites[i];
+      const mora_site *ms = a->site_state[s->index];
+      int64_t each = esp_stack_mark(run->stack);
+      if (rotates(&a->cfg)) {
+        rotation_forward(a, run, mg, k, s, xd, y);
+      } else {
+        esp_tensor z = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&u), ms->n);
+        run->be->ops->matmul(run->be, z, u, false, esp_param_shadow(a->params, ms->m), true, (float)a->weight, 0.0f);
+        expand(run, s, y, z);
+      }
+      esp_stack_release(run->stack, each);
+    }
+    esp_stack_release(run->stack, inner);
+  }
+  esp_stack_release(run->stack, mark);
+}
+
+/* Of one site: dM, and du (+)= (D^T dy) M, for rotation with the blocks of M turned back. */
+static void rotation_backward(esp_adapter *a, esp_run *run, const mora_group *mg, int k, const esp_site *s,
+                              esp_tensor x, esp_tensor dz, float beta) {
+  const mora_site *ms = a->site_state[s->index];
+  const esp_backend_ops *ops = run->be->ops;
+  esp_tensor w = turned(a, run, mg, k, ms), dw = esp_stack_tensor(run->stack, ESP_F32, ms->n, ms->used * ms->n);
+  ops->zero(run->be, dw.data, esp_tensor_bytes(&dw)); /* rows that no output has */
+  for (int64_t g = 0; g < ms->used; g++) {
+    int64_t mark = esp_stack_mark(run->stack);
+    esp_tensor dzg, wg = block(ms, &w, g, &dz, &dzg), dwg = block(ms, &dw, g, &dz, &dzg);
+    if (a->trainable) ops->matmul(run->be, dwg, dzg, true, segment(run, ms, x, g), false, (float)a->weight, 0.0f);
+    ops->matmul(run->be, esp_tensor_cols_view(&mg->runs[k].du, g * ms->n, ms->n), dzg, false, wg, false,
+                (float)a->weight, beta);
+    esp_stack_release(run->stack, mark);
+  }
+  if (a->trainable) turned_bwd(a, run, mg, k, ms, dw);
+}
+
 static int mora_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails,
                           int max, void **slot) {
   mora_group *mg = a->group_state[g->index];
   const esp_backend_ops *ops = run->be->ops;
   if (!mg) return 0;
-  int64_t rows = esp_tensor_rows(&x);
   for (int k = 0; k < mg->n_runs; k++) {
     const mora_site *ms = run_site(a, mg, &mg->runs[k]);
-    mg->runs[k].du = esp_stack_tensor(run->stack, run->compute, rows * ms->used, ms->n);
+    mg->runs[k].du = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), ms->used * ms->n);
   }
   int64_t mark = esp_stack_mark(run->stack);
   esp_tensor xd = a->trainable ? maybe_dropped(a, run, g, x) : x;
   for (int k = 0; k < mg->n_runs; k++) {
     int64_t inner = esp_stack_mark(run->stack);
-    esp_tensor u = a->trainable ? compress(a, run, mg, k, xd) : xd;
+    bool compressed = a->trainable && !rotates(&a->cfg);
+    esp_tensor u = compressed ? compress(run, run_site(a, mg, &mg->runs[k]), xd) : xd;
     for (int i = 0; i < mg->runs[k].count; i++) {
       const esp_site *s = mg->sites[mg->runs[k].first + i];
       const mora_site *ms = a->site_state[s->index];
       int64_t each = esp_stack_mark(run->stack);
+      float beta = i > 0 ? 1.0f : 0.0f;
       esp_tensor dz = expand_bwd(run, ms, s, dy);
-      if (a->trainable)
-        ops->matmul(run->be, esp_param_grad(a->params, ms->m), dz, true, u, false, (float)a->weight, 1.0f);
-      ops->matmul(run->be, mg->runs[k].du, dz, false, esp_param_shadow(a->params, ms->m), false, (float)a->weight,
-                  i > 0 ? 1.0f : 0.0f);
+      if (rotates(&a->cfg)) {
+        rotation_backward(a, run, mg, k, s, xd, dz, beta);
+      } else {
+        if (a->trainable)
+          ops->matmul(run->be, esp_param_grad(a->params, ms->m), dz, true, u, false, (float)a->weight, 1.0f);
+        ops->matmul(run->be, mg->runs[k].du, dz, false, esp_param_shadow(a->params, ms->m), false, (float)a->weight,
+                    beta);
+      }
       esp_stack_release(run->stack, each);
     }
     esp_stack_release(run->stack, inner);
@@ -292,6 +363,7 @@ static int mora_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor
   return 0;
 }
 
+/* dx += C^T du, at the places that the segments came from. */
 static void mora_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor dx, void **slot) {
   const mora_group *mg = a->group_state[g->index];
   if (!mg || !dx.data) return;
@@ -301,7 +373,11 @@ static void mora_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tenso
     d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
     run->be->ops->zero(run->be, d.data, esp_tensor_bytes(&d));
   }
-  for (int k = 0; k < mg->n_runs; k++) compress_bwd(a, run, mg, k, d);
+  for (int k = 0; k < mg->n_runs; k++) {
+    const mora_site *ms = run_site(a, mg, &mg->runs[k]);
+    int64_t times = rotates(&a->cfg) ? 1 : ms->segments;
+    for (int64_t s = 0; s < times; s++) ring_copy(run, mg->runs[k].du, d, s * ms->n, 1.0f, true);
+  }
   if (drops(a, run)) dropped(a, run, g, dx, d, 1.0f);
   esp_stack_release(run->stack, mark);
 }
