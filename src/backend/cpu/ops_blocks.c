@@ -104,7 +104,7 @@ void esp_cpu_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor
   assert(dm.dtype == ESP_F32 && esp_tensor_rows(&dm) == (shared ? p : p * blocks) && esp_tensor_cols(&dm) == q);
   if (!shared && esp_cpu_block_small(p, q, blocks)) {
     esp_block_part part = {.x = x, .y = dy, .dm = dm, .p = p, .q = q, .alpha = alpha};
-    esp_split(be, blocks, 1 + ESP_CHUNK_COLS / p, &part, grad_part);
+    esp_split(be, blocks, ESP_CHUNK_COLS / (p > q ? p : q), &part, grad_part);
     return;
   }
   if (shared && dense(&x) && dense(&dy)) {
