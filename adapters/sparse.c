@@ -170,7 +170,7 @@ static void drop_scores(esp_adapter *a, sparse_mask *m) {
 
 static esp_status sparse_seen(esp_adapter *a) {
   sparse_mask *m = a->impl;
-  esp_status st = esp_backend_counts(a->params->be) ? ESP_OK : esp_sparse_choose(a, m, seen_score);
+  esp_status st = esp_sparse_choose(a, m, seen_score);
   drop_scores(a, m);
   return st;
 }

@@ -91,7 +91,8 @@ esp_status esp_sparse_choose(esp_adapter *a, sparse_mask *m, sparse_score score)
   r.host = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)largest * sizeof *r.host);
   r.bins = esp_mem_alloc(ESP_MEM_WORKSPACE, 65536 * sizeof *r.bins);
   esp_status st = r.host && r.bins ? ESP_OK : ESP_ERR_MEMORY;
-  if (st == ESP_OK && a->kind == &esp_kind_spu) {
+  bool counts = esp_backend_counts(a->params->be); /* nothing to rank: the books have what ranking holds */
+  if (st == ESP_OK && !counts && a->kind == &esp_kind_spu) {
     esp_sparse_counts(a, m);
     for (int i = 0; i < m->n_sites && st == ESP_OK; i++) {
       const sparse_site *ss = a->site_state[m->sites[i]->index];
@@ -99,12 +100,12 @@ esp_status esp_sparse_choose(esp_adapter *a, sparse_mask *m, sparse_score score)
       r.last = i + 1;
       st = take(&r, ss->n, ss->k0);
     }
-  } else if (st == ESP_OK) {
+  } else if (st == ESP_OK && !counts) {
     st = take(&r, m->total, 0);
   }
   esp_mem_free(r.host);
   esp_mem_free(r.bins);
-  return st == ESP_OK ? esp_sparse_build(a, m) : st;
+  return st == ESP_OK && !counts ? esp_sparse_build(a, m) : st;
 }
 
 /* One site's rows turned into columns: counting sort by column, stable in the row. */
