@@ -228,6 +228,16 @@ bad "shards wider than the input" 2 "adapter.r: 64 is more than the 48 inputs of
 bad "columns that do not divide" 2 "adapter.mini_r: 7 does not divide the [0-9]+ outputs of model" $no run r.yaml adapter.type=miss adapter.miss_type=mini adapter.mini_r=7
 bad "affine blocks that do not divide" 2 "adapter.r: model.* is .[0-9]+, 48., which blocks of 7 do not divide" $no run r.yaml adapter.type=bat adapter.r=7
 bad "ranks of its own per module" 2 "adapter.rank_pattern: miss is the same for every module" $no run r.yaml adapter.type=miss 'adapter.rank_pattern={q_proj: 2}'
+bad "dora of an embedding" 2 "adapter.target: .*embed_tokens is a.* embedding, which dora cannot attach to" $no run r.yaml adapter.type=dora 'adapter.target=[embed_tokens]'
+bad "dora of a base that is rewritten" 2 "adapter.init: 'pissa' rewrites the base, whose lengths dora keeps" $no run r.yaml adapter.type=dora adapter.init=pissa
+bad "dora with a bias of B" 2 "adapter.lora_bias: dora does not have it" $no run r.yaml adapter.type=dora adapter.lora_bias=true
+bad "ranks of shared projections" 2 "adapter.rank_pattern: vera's projections are shared" $no run r.yaml adapter.type=vera 'adapter.rank_pattern={q_proj: 2}'
+bad "token rows beside vera" 2 "adapter.trainable_tokens: vera does not have it" $no run r.yaml adapter.type=vera 'adapter.trainable_tokens=[3]'
+bad "a scaled input that others read too" 2 "adapter.feedforward: model.layers.0.self_attn.q_proj shares its input with k_proj" $no run r.yaml adapter.type=ia3 'adapter.feedforward=[q_proj]'
+bad "ia3 with dropout" 2 "adapter.dropout: ia3 has none" $no run r.yaml adapter.type=ia3 adapter.dropout=0.1
+bad "norm tuning of a linear module" 2 "adapter.target: .*q_proj is a linear, which ln_tuning cannot attach to" $no run r.yaml adapter.type=ln_tuning
+bad "norm tuning with biases" 2 "adapter.bias: ln_tuning trains no bias beside its own" $no run r.yaml adapter.type=ln_tuning adapter.target=all-linear adapter.bias=all
+bad "biases of a base that has none" 2 "adapter.type: bitfit trains biases, model has none" $no run r.yaml adapter.type=bitfit
 bad "adapter missing" 3 "noadapter" $no eval r.yaml -a noadapter
 bad "adapter_config.json missing" 3 "adapter_config.json" "rm $ad/adapter_config.json" eval r.yaml -a $ad
 bad "adapter_config.json not JSON" 3 "adapter_config.json:[0-9]+" "replace $ad/adapter_config.json '{'" eval r.yaml -a $ad
