@@ -19,18 +19,8 @@ static esp_status adalora_check(const esp_adapter_cfg *c) {
   if (c->target_r > c->r)
     return esp_fail(ESP_ERR_RECIPE, "adapter.target_r: %lld is above the starting rank, adapter.r %lld",
                     (long long)c->target_r, (long long)c->r);
-  if (c->interval < 1) return esp_fail(ESP_ERR_RECIPE, "adapter.interval: must be at least 1");
-  if (!(c->beta1 > 0 && c->beta1 < 1) || !(c->beta2 > 0 && c->beta2 < 1))
-    return esp_fail(ESP_ERR_RECIPE, "adapter.importance_beta1, adapter.importance_beta2: must be between 0 and 1");
-  if (!(c->orth_weight >= 0)) return esp_fail(ESP_ERR_RECIPE, "adapter.orth_weight: must not be negative");
-  if (c->tinit < 0 || c->tfinal < 0 || (c->tinit < 1 && c->tfinal < 1 && c->tinit + c->tfinal >= 1))
-    return esp_fail(ESP_ERR_RECIPE, "adapter.tinit, adapter.tfinal: leave no step at which ranks are moved");
-  if (c->init && strcmp(c->init, "default"))
-    return esp_fail(ESP_ERR_RECIPE, "adapter.init: '%s' is not for adapter.type adalora", c->init);
-  if (c->rslora || c->lora_bias || c->n_rank_pattern || c->n_alpha_pattern)
-    return esp_fail(ESP_ERR_RECIPE,
-                    "adapter.rslora, lora_bias, rank_pattern, alpha_pattern: are not for adapter.type adalora");
-  return ESP_OK;
+  if (c->n_rank_pattern) return esp_fail(ESP_ERR_RECIPE, "adapter.rank_pattern: is not for adapter.type adalora");
+  return esp_triplets_check(c);
 }
 
 static int by_value(const void *a, const void *b) {
@@ -68,13 +58,8 @@ static double adalora_before_step(esp_adapter *a, int64_t step, int64_t total) {
 static esp_status adalora_after_step(esp_adapter *a, int64_t step, int64_t total) {
   esp_triplets *all = a->impl;
   int64_t target = a->cfg.target_r * all->n_sites, first = all->ranks;
-  if (!total)
-    return esp_fail(ESP_ERR_RECIPE, "adapter.type adalora: train.max_steps must say how many steps there are");
-  int64_t begin = esp_triplets_steps(a->cfg.tinit, total), end = total - esp_triplets_steps(a->cfg.tfinal, total);
-  if (begin >= end)
-    return esp_fail(ESP_ERR_RECIPE, "adapter.tinit, adapter.tfinal: leave none of %lld steps to move ranks",
-                    (long long)total);
-  all->total = total;
+  int64_t begin, end;
+  ESP_TRY(esp_triplets_span(a, total, &begin, &end));
   if (all->done || first <= target) {
     all->done = true;
     a->ranks = first;
@@ -103,31 +88,6 @@ static esp_status adalora_after_step(esp_adapter *a, int64_t step, int64_t total
 
 /* ---- AdaLoraConfig ---- */
 
-static json_t *pattern_json(const esp_adapter *a) {
-  const esp_triplets *all = a->impl;
-  json_t *out = NULL;
-  for (int i = 0; i < all->n_sites; i++) {
-    const esp_triplet_site *t = a->site_state[all->sites[i]->index];
-    char key[600];
-    if (!t->keep) continue;
-    if (!out) out = json_object();
-    snprintf(key, sizeof key, "%s.lora_E", all->sites[i]->path);
-    json_t *list = json_array();
-    for (int64_t k = 0; k < t->start; k++) json_array_append_new(list, json_boolean(t->keep[k]));
-    json_object_set_new(out, key, list);
-  }
-  for (int i = 0; out && i < all->n_sites; i++) { /* PEFT wants every module once there is one */
-    const esp_triplet_site *t = a->site_state[all->sites[i]->index];
-    char key[600];
-    if (t->keep) continue;
-    snprintf(key, sizeof key, "%s.lora_E", all->sites[i]->path);
-    json_t *list = json_array();
-    for (int64_t k = 0; k < t->start; k++) json_array_append_new(list, json_true());
-    json_object_set_new(out, key, list);
-  }
-  return out ? out : json_null();
-}
-
 static void adalora_config_write(const esp_adapter *a, json_t *j) {
   const esp_adapter_cfg *c = &a->cfg;
   const esp_triplets *all = a->impl;
@@ -143,31 +103,7 @@ static void adalora_config_write(const esp_adapter *a, json_t *j) {
   json_object_set_new(j, "beta1", json_real(c->beta1));
   json_object_set_new(j, "beta2", json_real(c->beta2));
   json_object_set_new(j, "orth_reg_weight", json_real(c->orth_weight));
-  json_object_set_new(j, "rank_pattern", pattern_json(a));
-}
-
-/* "model.layers.0.self_attn.q_proj.lora_E": [true, false, ...] */
-static esp_status read_pattern(const json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c) {
-  json_t *v = json_object_get(j, "rank_pattern"), *list;
-  const char *key;
-  if (!v || json_is_null(v)) return ESP_OK;
-  esp_kept *out = esp_arena_alloc(arena, (json_object_size(v) + 1) * sizeof *out);
-  if (!out) return ESP_ERR_MEMORY;
-  json_object_foreach(v, key, list) {
-    const char *end = strstr(key, ".lora_E");
-    if (!end || !json_is_array(list))
-      return esp_fail(ESP_ERR_DATA, "%s: key 'rank_pattern': '%s' must be a list of true and false for a lora_E", path,
-                      key);
-    esp_kept *one = &out[c->n_kept++];
-    one->n = (int)json_array_size(list);
-    one->path = esp_arena_strndup(arena, key, (size_t)(end - key));
-    uint8_t *keep = esp_arena_alloc(arena, (size_t)one->n + 1);
-    if (!one->path || !keep) return ESP_ERR_MEMORY;
-    for (int k = 0; k < one->n; k++) keep[k] = json_is_true(json_array_get(list, (size_t)k));
-    one->keep = keep;
-  }
-  c->kept = out;
-  return ESP_OK;
+  json_object_set_new(j, "rank_pattern", esp_triplets_pattern_write(a));
 }
 
 static esp_status adalora_config_read(const json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c) {
@@ -188,35 +124,21 @@ static esp_status adalora_config_read(const json_t *j, const char *path, esp_are
   if (c->alpha <= 0) c->alpha = (double)c->r; /* PEFT's scaling then */
   c->tinit = (double)tinit;
   c->tfinal = (double)tfinal;
-  return read_pattern(j, path, arena, c);
+  return esp_triplets_pattern_read(j, path, arena, c);
 }
 
 const esp_adapter_kind esp_kind_adalora = {
     .name = "adalora",
     .peft_type = "ADALORA",
     .summary = "y = W x + c P diag(e) Q x, ranks compete for a falling budget (Zhang et al. 2023, arXiv:2303.10512)",
-    .site_kinds = 1u << ESP_SITE_LINEAR,
-    .mergeable = true,
-    .targets = true,
+    ESP_TRIPLETS,
+    ESP_TRIPLETS_STATE,
     .open = esp_triplets_open,
-    .declare = esp_triplets_declare,
     .init = esp_triplets_init_normal,
-    .tails = esp_triplets_tails,
-    .output = esp_triplets_output,
-    .tails_bwd = esp_triplets_tails_bwd,
-    .input_bwd = esp_triplets_input_bwd,
-    .wants_output = esp_triplets_wants_output,
-    .destroy = esp_triplets_destroy,
     .before_step = adalora_before_step,
     .after_step = adalora_after_step,
-    .n_states = 2,
-    .state_names = {"sensitivity", "uncertainty"},
-    .resized = esp_triplets_resized,
-    .state_write = esp_triplets_state_write,
-    .state_read = esp_triplets_state_read,
+    ESP_TRIPLETS_STATISTICS,
     .config_write = adalora_config_write,
     .config_read = adalora_config_read,
     .config_check = adalora_check,
-    .materialise = esp_triplets_materialise,
-    .low_rank = esp_triplets_low_rank,
 };

@@ -61,6 +61,7 @@ typedef struct esp_adapter_cfg {
   /* adalora, and kinds whose ranks are moved by importance; steps below 1 are a share of the task's */
   int64_t target_r, interval;
   double tinit, tfinal, beta1, beta2, orth_weight;
+  double elastic_share, threshold; /* elalora; dyrank */
   int64_t total_step; /* from a file: what tinit and tfinal were steps of */
   const esp_kept *kept;
   int n_kept;
@@ -229,6 +230,7 @@ struct esp_adapter { /* one named adapter on one model */
   int64_t backwards;     /* backward passes seen: a trained adapter whose B is still zero is not saved */
   float *state[4];       /* of kind->state_names, backend memory */
   float grad_scale;      /* what clipping has multiplied the last gradients with; set before after_step */
+  double lr;             /* of the last step; the same */
   int64_t ranks, budget; /* of kinds that move ranks: in force after the last step, and what was allowed; 0: none */
 };
 

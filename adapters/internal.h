@@ -13,7 +13,7 @@ extern const esp_adapter_kind esp_kind_fish, esp_kind_spu, esp_kind_layers, esp_
 extern const esp_adapter_kind esp_kind_mora, esp_kind_olora_cl, esp_kind_incremental_rank;
 extern const esp_adapter_kind esp_kind_dora, esp_kind_vera;
 extern const esp_adapter_kind esp_kind_ia3, esp_kind_ln_tuning, esp_kind_bitfit;
-extern const esp_adapter_kind esp_kind_adalora;
+extern const esp_adapter_kind esp_kind_adalora, esp_kind_increlora, esp_kind_elalora, esp_kind_dyrank;
 extern const esp_adapter_kind esp_kind_lora, esp_kind_full, esp_kind_none;
 
 extern const esp_adapter_kind esp_kind_miss;

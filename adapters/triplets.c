@@ -53,10 +53,27 @@ static esp_triplet_site *new_site(esp_adapter *a, esp_site *s) {
     memcpy(t->keep, kept->keep, (size_t)kept->n);
     for (int i = 0; i < kept->n; i++) t->l.r += t->keep[i] != 0;
   }
-  t->l.s = (float)(a->cfg.alpha / ((double)a->cfg.r + 1e-5)); /* PEFT's guard against ranknum == 0 */
+  const esp_triplets *all = a->impl;
+  int64_t full = all->grows ? a->cfg.target_r : a->cfg.r;
+  t->l.s = (float)(a->cfg.alpha / ((double)full + 1e-5)); /* PEFT's guard against ranknum == 0 */
   t->l.bias = -1;
   a->site_state[s->index] = t;
   return t;
+}
+
+/* All ranks that may come could come to the widest module; each parameter may also begin at another alignment. */
+static void make_room(esp_adapter *a) {
+  esp_triplets *all = a->impl;
+  int64_t widest = 0;
+  for (int i = 0; i < all->n_sites; i++) {
+    int64_t width = all->sites[i]->in + all->sites[i]->out + 1;
+    if (width > widest) widest = width;
+  }
+  int64_t most = (a->cfg.target_r + all->extra) * all->n_sites;
+  if (most < all->ranks) most = all->ranks;
+  all->spare = all->trades ? all->ranks : most - all->ranks;
+  a->params->reserve = most * widest - a->params->total + 64 * all->n_sites;
+  if (a->params->reserve < 0) a->params->reserve = 0;
 }
 
 esp_status esp_triplets_declare(esp_adapter *a, esp_group *g, const bool *hit) {
@@ -89,6 +106,7 @@ esp_status esp_triplets_declare(esp_adapter *a, esp_group *g, const bool *hit) {
     if (t->l.b < 0) return ESP_ERR_MEMORY;
   }
   a->group_state[g->index] = tg;
+  if (all->grows) make_room(a);
   return ESP_OK;
 }
 
@@ -150,7 +168,11 @@ int esp_triplets_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x,
   if (!tg || tg->width == 0) return 0;
   const esp_backend_ops *ops = run->be->ops;
   int64_t rows = esp_tensor_rows(&x), room = room_for(a, run, g, true);
-  if (room) esp_stack_tensor(run->stack, run->compute, rows, 2 * room);
+  if (room) { /* and the vectors of every group may begin at another alignment */
+    esp_group **groups;
+    esp_stack_tensor(run->stack, run->compute, rows, 2 * room);
+    esp_stack_push(run->stack, 128 * (int64_t)esp_model_groups(a->model, &groups));
+  }
   tg->ec = esp_stack_tensor(run->stack, ESP_F32, 1, tg->width);
   tg->t = esp_stack_tensor(run->stack, run->compute, rows, tg->width);
   tg->u = esp_stack_tensor(run->stack, run->compute, rows, tg->width);

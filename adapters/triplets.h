@@ -35,6 +35,8 @@ typedef struct esp_triplets { /* a->impl */
   uint64_t built; /* revision that eyes was made for, plus one */
   int64_t total;  /* steps of the task, as the trainer said; 0: not yet */
   bool done;      /* the ranks are final */
+  int64_t extra;  /* ranks per module beyond target_r that may be there for a while */
+  bool trades;    /* ranks go from one module to another: all could meet in one block */
   bool grows;     /* ranks are added: files list their numbers, not which of the first are left */
 } esp_triplets;
 
@@ -69,8 +71,28 @@ esp_status esp_triplets_move(esp_adapter *a, const uint8_t *keep, const int64_t 
 double esp_triplets_orthogonal(esp_adapter *a, double weight);
 /* A step count of the configuration: below 1 a share of the task's steps. */
 int64_t esp_triplets_steps(double x, int64_t total);
+/* Importances are not decayed: their size is what ranks are judged by. */
+void esp_triplets_no_decay(esp_adapter *a);
 esp_status esp_triplets_init_normal(esp_adapter *a, esp_site *s);
 void esp_triplets_state_write(const esp_adapter *a, struct json_t *j);
 esp_status esp_triplets_state_read(esp_adapter *a, const struct json_t *j, const char *path);
+
+/* triplets_config.c */
+struct json_t *esp_triplets_pattern_write(const esp_adapter *a);
+esp_status esp_triplets_pattern_read(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);
+struct json_t *esp_triplets_ranks_write(const esp_adapter *a);
+void esp_triplets_config_write(const esp_adapter *a, struct json_t *j);
+esp_status esp_triplets_config_read(const struct json_t *j, const char *path, esp_adapter_cfg *c);
+esp_status esp_triplets_check(const esp_adapter_cfg *c);
+esp_status esp_triplets_span(esp_adapter *a, int64_t total, int64_t *begin, int64_t *end);
+
+/* Designated initializers of what all these kinds have. */
+#define ESP_TRIPLETS                                                                                                   \
+  .site_kinds = 1u << ESP_SITE_LINEAR, .mergeable = true, .targets = true, .declare = esp_triplets_declare,            \
+  .tails = esp_triplets_tails, .output = esp_triplets_output, .tails_bwd = esp_triplets_tails_bwd,                     \
+  .input_bwd = esp_triplets_input_bwd, .wants_output = esp_triplets_wants_output, .destroy = esp_triplets_destroy,     \
+  .resized = esp_triplets_resized, .materialise = esp_triplets_materialise, .low_rank = esp_triplets_low_rank
+#define ESP_TRIPLETS_STATE .state_write = esp_triplets_state_write, .state_read = esp_triplets_state_read
+#define ESP_TRIPLETS_STATISTICS .n_states = 2, .state_names = {"sensitivity", "uncertainty"}
 
 #endif

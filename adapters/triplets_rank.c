@@ -290,6 +290,11 @@ double esp_triplets_orthogonal(esp_adapter *a, double weight) {
 
 /* ---- start, checkpoint ---- */
 
+void esp_triplets_no_decay(esp_adapter *a) {
+  const esp_triplets *all = a->impl;
+  for (int i = 0; i < all->n_sites; i++) a->params->list[site_of(a, i)->e].decay = false;
+}
+
 /* q, p ~ N(0, 0.02^2), e = 0: the identity. */
 esp_status esp_triplets_init_normal(esp_adapter *a, esp_site *s) {
   esp_triplet_site *t = a->site_state[s->index];

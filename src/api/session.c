@@ -219,6 +219,7 @@ esp_status esp_session_step(esp_session *s, const esp_example *list, int n, esp_
   double most = s->recipe->optim.max_grad_norm;
   r.lr = s->recipe->optim.lr * s->lr_factor;
   a->grad_scale = most > 0 && r.grad_norm > most ? (float)(most / r.grad_norm) : 1.0f;
+  a->lr = r.lr;
   esp_optim_step(o, r.lr, a->grad_scale);
   ESP_GOTO(esp_backend_sync(s->engine.be));
   r.step = ++s->step;

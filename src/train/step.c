@@ -104,6 +104,7 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
   double most = e->optim->cfg.max_grad_norm;
   float clip = most > 0 && out->grad_norm > most ? (float)(most / out->grad_norm) : 1.0f;
   e->adapter->grad_scale = clip;
+  e->adapter->lr = in->lr;
   esp_optim_step(e->optim, in->lr, clip);
   return esp_backend_sync(e->be);
 }

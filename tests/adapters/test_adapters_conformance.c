@@ -38,6 +38,10 @@ typedef struct row {
   .feedforward = (const char *const[]){__VA_ARGS__}, .n_feedforward = sizeof((const char *[]){__VA_ARGS__}) / sizeof(char *)
 #define LAYER_1 .layers = (const int[]){1}, .n_layers = 1
 
+#define RANKS(kind)                                                                                                    \
+  .type = kind, .r = 4, .alpha = 60, .seed = 5, .interval = 1, .beta1 = 0.85, .beta2 = 0.85, .orth_weight = 0.1
+#define DYRANK                                                                                                         \
+  .type = "dyrank", .r = 4, .alpha = 60, .seed = 5, .interval = 1, .beta1 = 0.85, .beta2 = 0.85
 #define ADALORA                                                                                                        \
   .type = "adalora", .r = 4, .target_r = 2, .alpha = 60, .seed = 5, .interval = 1, .beta1 = 0.85, .beta2 = 0.85,        \
   .orth_weight = 0.5
@@ -119,6 +123,17 @@ static const row rows[] = {
     {"ia3 all-linear", "qwen", {IA3, NAMES("all-linear"), FF("down_proj")}, false},
     {"ia3 input forms", "gpt2", {IA3, NAMES("c_attn", "c_fc", "c_proj"), FF("c_attn", "mlp.c_proj")}, false},
     {"ia3 layer 1", "llama", {IA3, NAMES("k_proj", "o_proj"), .feedforward_regex = ".*o_proj", LAYER_1}, false},
+    {"increlora", "qwen", {RANKS("increlora"), .target_r = 6, NAMES("all-linear")}, false},
+    {"increlora conv1d", "gpt2", {RANKS("increlora"), .target_r = 5, NAMES("c_attn", "c_fc")}, false},
+    {"increlora of uneven ranks",
+     "llama",
+     {RANKS("increlora"), .target_r = 6, NAMES("q_proj", "k_proj", "v_proj"),
+      .rank_pattern = (const esp_pattern[]){{"k_proj", 2}, {"layers.1.self_attn.q_proj", 7}}, .n_rank_pattern = 2},
+     false},
+    {"elalora", "qwen", {RANKS("elalora"), .elastic_share = 0.1, .dropout = 0.2, NAMES("all-linear")}, false},
+    {"elalora conv1d", "gpt2", {RANKS("elalora"), .elastic_share = 0.1, NAMES("c_attn", "c_fc")}, false},
+    {"dyrank", "qwen", {DYRANK, .threshold = 0.01, NAMES("all-linear")}, false},
+    {"dyrank conv1d", "gpt2", {DYRANK, .threshold = 0.01, NAMES("c_attn", "c_fc")}, false},
     {"adalora all-linear", "qwen", {ADALORA, NAMES("all-linear")}, false},
     {"adalora conv1d", "gpt2", {ADALORA, NAMES("c_attn", "c_proj", "c_fc")}, false},
     {"adalora dropout, bias, head",

@@ -215,8 +215,11 @@ bad "an unknown mask" 2 "adapter.sparse_mask: 'fisher' is not one of data, rando
 bad "a sparse update of an embedding" 2 "adapter.target: .*embed_tokens is a embedding, which spu cannot attach to|which spu cannot attach to" $no run r.yaml adapter.type=spu 'adapter.target=[embed_tokens]'
 bad "slabs with dropout" 2 "adapter.dropout: s2ft has none" $no run r.yaml adapter.type=s2ft adapter.dropout=0.1
 bad "more ranks at the end than at the start" 2 "adapter.target_r: 9 is above the starting rank, adapter.r 4" $no run r.yaml adapter.type=adalora adapter.r=4 adapter.target_r=9
-bad "no step to move ranks" 2 "adapter.tinit, adapter.tfinal: leave no step" $no run r.yaml adapter.type=adalora adapter.tinit=60% adapter.tfinal=50%
-bad "scale of another kind" 2 "adapter.rslora, lora_bias, alpha_pattern: are not for adapter.type adalora" $no run r.yaml adapter.type=adalora adapter.rslora=true
+bad "no step to move ranks" 2 "adapter.tinit, adapter.tfinal: leave no step" $no run r.yaml adapter.type=adalora adapter.target_r=2 adapter.tinit=60% adapter.tfinal=50%
+bad "scale of another kind" 2 "adapter.rslora, lora_bias, alpha_pattern: are not for adapter.type adalora" $no run r.yaml adapter.type=adalora adapter.target_r=2 adapter.rslora=true
+bad "fewer ranks at the end than at the start" 2 "adapter.target_r: 2 is below the starting rank, adapter.r 4" $no run r.yaml adapter.type=increlora adapter.r=4 adapter.target_r=2
+bad "too many ranks at once" 2 "adapter.elastic_share" $no run r.yaml adapter.type=elalora adapter.elastic_share=0.9
+bad "ranks of modules that a kind finds itself" 2 "adapter.rank_pattern: is not for adapter.type dyrank" $no run r.yaml adapter.type=dyrank 'adapter.rank_pattern={q_proj: 2}'
 bad "a penalty that is not known" 2 "orthogonal.*l2.*l1" $no run r.yaml adapter.type=o-lora adapter.orthogonal=l2
 bad "an init of lora for a kind per task" 2 "adapter.init: 'pissa' is for lora, not for incremental_rank" $no run r.yaml adapter.type=incremental_rank adapter.init=pissa
 bad "blocks that do not divide" 2 "adapter.oft_block_size: 7 does not divide the 48 inputs of model" $no run r.yaml adapter.type=oft adapter.oft_block_size=7
