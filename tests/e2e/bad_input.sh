@@ -102,6 +102,11 @@ bad "density out of range" 2 "--density: expected a number from 0 to 1" $no merg
 bad "majority sign that is none" 2 "majority sign 'most' is none of total, frequency" $no merge -b model -a $ad -o out --combine ties --density 0.5 --majority-sign most
 bad "majority sign without election" 2 "combine: magnitude_prune elects no sign" $no merge -b model -a $ad -o out --combine magnitude_prune --density 0.5 --majority-sign frequency
 bad "verification of an adapter" 2 "dtype and verify are for a model" $no merge -b model -a $ad -o out --combine cat --verify 2
+tune='"$espalier" run r.yaml -q --output in --set'
+bad "vllm export of a module in full" 2 "^in/adapters/a: module 'model.norm' is trained in full .* use merge" "$tune 'adapter.modules_to_save=[model.norm]' >log 2>&1" export -b model -a in/adapters/a -o out --for vllm
+bad "export of a kind without low-rank form" 2 "type mora has no exact low-rank form on .*; give a rank" "$tune adapter.type=mora --set adapter.mora_type=rotation >log 2>&1" export -b model -a in/adapters/a -o out --as lora
+bad "merge of two multiplicative adapters" 2 "adapters 'merge0' \(oft\) and 'merge1' \(oft\) cannot both be active on" "$tune adapter.type=oft --set adapter.oft_block_size=4 >log 2>&1" merge -b model -a in/adapters/a -a in/adapters/a -o out
+bad "sum of factors of a kind that has none" 2 "type oft has no low-rank factors on" "$tune adapter.type=oft --set adapter.oft_block_size=4 >log 2>&1" merge -b model -a in/adapters/a -o out --combine linear
 bad "extract with rank 0" 2 "--rank: expected an integer from 1" $no extract -b model -t model -o out -r 0
 bad "unknown colour mode" 2 "--color: 'blue' is not one of" $no data r.yaml --color blue
 bad "sampling without temperature" 2 "need --temperature" $no generate -m model -p x --top-k 5
