@@ -3,10 +3,11 @@
  * zero at the start: W'_ij = W_ij (I + M_i) + M_i. r must divide both sides. The same parameters as MiSS, but the
  * change is of full rank.
  *
- * W' is a function of W, so that the kind makes the product itself, over dense rows of the frozen weight: CHUNK rows of
- * W' at a time (never all of it) as (W + [I I ...]) M + W, one thin product per row of blocks, at r/T of the cost of
- * the base product over T tokens. Backward, per chunk: dx += dy W'; dW' = dy^T x, the one product that LoRA does not
- * have; dM_i += sum_j (W_ij + I)^T dW'_ij. In bf16, W' is rounded like any weight.
+ * W (I + M) is a function of W, so that the kind makes the product itself, over dense rows of the frozen weight: CHUNK
+ * rows at a time (never all of it), one thin product per row of blocks, at r/T of the cost of the base product over T
+ * tokens. What M does alone is a MiSS: y += (sum of shards) M^T, a tail. Backward, per chunk: dx += dy W (I + M);
+ * dW' = dy^T x, the one product that LoRA does not have; dM_i += sum_j W_ij^T dW'_ij. W (I + M) and dW' are rounded to
+ * the compute type.
  */
 #include <stdio.h>
 #include <string.h>
@@ -39,16 +40,24 @@ static esp_status make_eye(esp_adapter *a, int64_t in) {
   if (eye_of(a, in).data) return ESP_OK;
   if (im->n == (int)(sizeof im->eye / sizeof im->eye[0]))
     return esp_fail(ESP_ERR_RECIPE, "adapter.type: bat on modules of more than %d input widths", im->n);
-  float *host = esp_mem_alloc(ESP_MEM_HOST, (size_t)n * sizeof *host);
-  if (!host) return ESP_ERR_MEMORY;
-  for (int64_t c = 0; c < in; c++) host[c % r * in + c] = 1.0f;
-  void *data = be->ops->alloc(be, ESP_MEM_PARAMS, n * (int64_t)sizeof *host);
-  if (data) {
-    be->ops->upload(be, data, host, n * (int64_t)sizeof *host);
-    im->eye[im->n++] = esp_tensor_2d(data, ESP_F32, r, in);
+  esp_dtype t = esp_model_compute(a->model);
+  int64_t bytes = n * (int64_t)esp_dtype_size(t);
+  float *ones = esp_mem_alloc(ESP_MEM_HOST, (size_t)n * sizeof *ones);
+  void *host = esp_mem_alloc(ESP_MEM_HOST, (size_t)bytes), *data = NULL;
+  esp_status st = ones && host ? ESP_OK : ESP_ERR_MEMORY;
+  if (st == ESP_OK) {
+    for (int64_t c = 0; c < in; c++) ones[c % r * in + c] = 1.0f;
+    esp_convert(host, t, ones, ESP_F32, n);
+    data = be->ops->alloc(be, ESP_MEM_PARAMS, bytes);
+    if (!data) st = esp_backend_why_null(be);
   }
+  if (st == ESP_OK) {
+    be->ops->upload(be, data, host, bytes);
+    im->eye[im->n++] = esp_tensor_2d(data, t, r, in);
+  }
+  esp_mem_free(ones);
   esp_mem_free(host);
-  return data ? ESP_OK : esp_backend_why_null(be);
+  return st;
 }
 
 static esp_status bat_declare(esp_adapter *a, esp_group *g, const bool *hit) {
@@ -84,30 +93,27 @@ static esp_tensor blocks_of(const esp_adapter *a, const esp_site *s, int which) 
   return esp_tensor_2d(t.data, t.dtype, s->out, a->cfg.r);
 }
 
-/* A chunk of W + [I I ...], fp32 [n, in], in whole rows of blocks. */
-static void chunk_guide(esp_adapter *a, esp_run *run, esp_tensor base, esp_tensor guide) {
-  const esp_backend_ops *ops = run->be->ops;
-  esp_tensor eye = eye_of(a, esp_tensor_cols(&base));
-  ops->axpby(run->be, guide, 1.0f, base, 0.0f);
-  for (int64_t i = 0; i < esp_tensor_rows(&base); i += a->cfg.r)
-    ops->axpby(run->be, esp_tensor_rows_view(&guide, i, a->cfg.r), 1.0f, eye, 1.0f);
-}
-
-/* Row of blocks i of a contiguous chunk, its blocks one under the other by rows: [in, r] as a list of vectors that one
+/* Row of blocks i of a contiguous chunk, its blocks one under the other by rows: [in, r], a list of vectors that one
  * M_i takes from the right. */
 static esp_tensor block_row(const esp_adapter *a, esp_tensor t, int64_t i) {
   esp_tensor v = esp_tensor_rows_view(&t, i, a->cfg.r);
   return esp_tensor_2d(v.data, v.dtype, esp_tensor_cols(&t), a->cfg.r);
 }
 
-/* The same chunk of W' in the compute type. */
-static void chunk_weight(esp_adapter *a, esp_run *run, esp_tensor base, esp_tensor guide, esp_tensor m,
-                         esp_tensor out) {
+/* W + W M of a chunk, in the compute type. */
+static void chunk_weight(esp_adapter *a, esp_run *run, esp_tensor base, esp_tensor m, esp_tensor out) {
   const esp_backend_ops *ops = run->be->ops;
   ops->axpby(run->be, out, 1.0f, base, 0.0f);
   for (int64_t i = 0; i < esp_tensor_rows(&base); i += a->cfg.r)
-    ops->matmul(run->be, block_row(a, out, i), block_row(a, guide, i), false, esp_tensor_rows_view(&m, i, a->cfg.r),
+    ops->matmul(run->be, block_row(a, out, i), block_row(a, base, i), false, esp_tensor_rows_view(&m, i, a->cfg.r),
                 false, 1.0f, 1.0f);
+}
+
+/* The sum of the input's shards, [T, r]: what M alone is applied to. */
+static esp_tensor shard_sum(esp_adapter *a, esp_run *run, esp_tensor x) {
+  esp_tensor t = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), a->cfg.r);
+  run->be->ops->matmul(run->be, t, x, false, eye_of(a, esp_tensor_cols(&x)), true, 1.0f, 0.0f);
+  return t;
 }
 
 static int64_t chunk_rows(const esp_adapter *a, const esp_site *s) {
@@ -115,33 +121,18 @@ static int64_t chunk_rows(const esp_adapter *a, const esp_site *s) {
   return n < s->out ? n : s->out;
 }
 
-typedef struct scratch { /* of one chunk */
-  int64_t step;
-  esp_tensor w, guide, dw;
-} scratch;
-
-static scratch take(const esp_adapter *a, esp_run *run, const esp_site *s, bool backward) {
-  int64_t n = chunk_rows(a, s);
-  scratch c = {.step = n};
-  c.w = esp_stack_tensor(run->stack, run->compute, n, s->in);
-  c.guide = esp_stack_tensor(run->stack, ESP_F32, n, s->in);
-  if (backward) c.dw = esp_stack_tensor(run->stack, ESP_F32, n, s->in);
-  return c;
-}
-
 static void bat_forward(esp_adapter *a, esp_run *run, esp_site *s, const esp_wview *w, esp_tensor bias, esp_tensor x,
                         esp_tensor y) {
-  int64_t mark = esp_stack_mark(run->stack);
-  scratch c = take(a, run, s, false);
-  esp_tensor all = blocks_of(a, s, 0);
-  for (int64_t r0 = 0; r0 < s->out; r0 += c.step) {
-    int64_t n = s->out - r0 < c.step ? s->out - r0 : c.step;
-    esp_tensor base = esp_tensor_rows_view(&w->dense, r0, n), guide = esp_tensor_rows_view(&c.guide, 0, n), b = bias;
-    esp_wview v = {.out = n, .in = s->in, .dense = esp_tensor_rows_view(&c.w, 0, n)};
-    chunk_guide(a, run, base, guide);
-    chunk_weight(a, run, base, guide, esp_tensor_rows_view(&all, r0, n), v.dense);
+  int64_t mark = esp_stack_mark(run->stack), step = chunk_rows(a, s);
+  esp_tensor buf = esp_stack_tensor(run->stack, run->compute, step, s->in), m = blocks_of(a, s, 0);
+  esp_tensor t = shard_sum(a, run, x);
+  for (int64_t r0 = 0; r0 < s->out; r0 += step) {
+    int64_t n = s->out - r0 < step ? s->out - r0 : step;
+    esp_tensor mc = esp_tensor_rows_view(&m, r0, n), b = bias;
+    esp_wview v = {.out = n, .in = s->in, .dense = esp_tensor_rows_view(&buf, 0, n)};
+    chunk_weight(a, run, esp_tensor_rows_view(&w->dense, r0, n), mc, v.dense);
     if (b.data) b = esp_tensor_1d((char *)b.data + (size_t)r0 * esp_dtype_size(b.dtype), b.dtype, n);
-    run->be->ops->linear(run->be, esp_tensor_cols_view(&y, r0, n), x, &v, b, NULL, 0, 0.0f);
+    run->be->ops->linear(run->be, esp_tensor_cols_view(&y, r0, n), x, &v, b, &(esp_tail){0, t, mc}, 1, 0.0f);
   }
   esp_stack_release(run->stack, mark);
 }
@@ -149,24 +140,27 @@ static void bat_forward(esp_adapter *a, esp_run *run, esp_site *s, const esp_wvi
 static void bat_backward(esp_adapter *a, esp_run *run, esp_site *s, const esp_wview *w, esp_tensor x, esp_tensor dy,
                          esp_tensor dx, float beta) {
   const esp_backend_ops *ops = run->be->ops;
-  int64_t mark = esp_stack_mark(run->stack);
-  scratch c = take(a, run, s, true);
-  esp_tensor all = blocks_of(a, s, 0), grad = a->trainable ? blocks_of(a, s, 2) : all;
-  for (int64_t r0 = 0; r0 < s->out; r0 += c.step) {
-    int64_t n = s->out - r0 < c.step ? s->out - r0 : c.step;
-    esp_tensor base = esp_tensor_rows_view(&w->dense, r0, n), guide = esp_tensor_rows_view(&c.guide, 0, n);
-    esp_tensor dyc = esp_tensor_cols_view(&dy, r0, n), dw = esp_tensor_rows_view(&c.dw, 0, n);
-    esp_wview v = {.out = n, .in = s->in, .dense = esp_tensor_rows_view(&c.w, 0, n)};
-    chunk_guide(a, run, base, guide);
+  int64_t mark = esp_stack_mark(run->stack), r = a->cfg.r, step = chunk_rows(a, s);
+  esp_tensor buf = esp_stack_tensor(run->stack, run->compute, step, s->in), m = blocks_of(a, s, 0);
+  esp_tensor t = shard_sum(a, run, x), grad = m;
+  if (a->trainable) {
+    grad = blocks_of(a, s, 2);
+    ops->matmul(run->be, grad, dy, true, t, false, 1.0f, 1.0f);
+  }
+  if (dx.data) ops->matmul(run->be, t, dy, false, m, false, 1.0f, 0.0f); /* from here on t is its gradient */
+  for (int64_t r0 = 0; r0 < s->out; r0 += step) {
+    int64_t n = s->out - r0 < step ? s->out - r0 : step;
+    esp_tensor base = esp_tensor_rows_view(&w->dense, r0, n), dyc = esp_tensor_cols_view(&dy, r0, n);
+    esp_wview v = {.out = n, .in = s->in, .dense = esp_tensor_rows_view(&buf, 0, n)};
     if (dx.data) {
-      chunk_weight(a, run, base, guide, esp_tensor_rows_view(&all, r0, n), v.dense);
-      ops->linear_dx(run->be, dx, dyc, &v, NULL, 0, r0 > 0 ? 1.0f : beta);
+      chunk_weight(a, run, base, esp_tensor_rows_view(&m, r0, n), v.dense);
+      ops->linear_dx(run->be, dx, dyc, &v, &(esp_tail){0, t, eye_of(a, s->in)}, r0 == 0, r0 > 0 ? 1.0f : beta);
     }
     if (!a->trainable) continue;
-    ops->matmul(run->be, dw, dyc, true, x, false, 1.0f, 0.0f);
-    for (int64_t i = 0; i < n; i += a->cfg.r)
-      ops->matmul(run->be, esp_tensor_rows_view(&grad, r0 + i, a->cfg.r), block_row(a, guide, i), true,
-                  block_row(a, dw, i), false, 1.0f, 1.0f);
+    ops->matmul(run->be, v.dense, dyc, true, x, false, 1.0f, 0.0f); /* dW' takes the place of W' */
+    for (int64_t i = 0; i < n; i += r)
+      ops->matmul(run->be, esp_tensor_rows_view(&grad, r0 + i, r), block_row(a, base, i), true,
+                  block_row(a, v.dense, i), false, 1.0f, 1.0f);
   }
   esp_stack_release(run->stack, mark);
 }

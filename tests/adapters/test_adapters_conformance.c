@@ -663,8 +663,48 @@ static void bf16_close(void **state) {
   }
 }
 
+/* Kinds that only turn the input keep every angle between rows: W' W'^T = W W^T. The series of oft, which is cut off, is
+ * no rotation. */
+static void rotations(void **state) {
+  int checked = 0;
+  for (int i = 0; i < N_ROWS; i++) {
+    bool hra = strcmp(rows[i].cfg.type, "hra") == 0, oft = strcmp(rows[i].cfg.type, "oft") == 0;
+    if (!hra && !(oft && rows[i].cfg.cayley_terms == 0)) continue;
+    fx_run r;
+    fx_open(&r, fx_path(rows[i].base), ESP_F32, false);
+    esp_adapter *a = attach(&r, &rows[i], "default", false);
+    fx_shake(a, 0.5f, 24);
+    esp_site **sites;
+    int n = esp_model_sites(r.m, &sites);
+    for (int k = 0; k < n; k++) {
+      const esp_site *s = sites[k];
+      if (!a->targeted[k]) continue;
+      int64_t size = s->out * s->in, grams = s->out * s->out;
+      float *w = malloc((size_t)size * sizeof *w), *g = malloc((size_t)(2 * grams) * sizeof *g);
+      OK(esp_site_read_weight(r.m, s, w));
+      for (int side = 0; side < 2; side++) {
+        if (side) OK(a->kind->materialise(a, sites[k], 0, s->out, w));
+        for (int64_t p = 0; p < grams; p++) {
+          double sum = 0;
+          for (int64_t c = 0; c < s->in; c++) sum += (double)w[p / s->out * s->in + c] * w[p % s->out * s->in + c];
+          g[side * grams + p] = (float)sum;
+        }
+      }
+      double d = fx_rel(g + grams, g, grams);
+      if (!(d < 1e-5)) fail_msg("%s: %s: angles change by %g", rows[i].name, s->path, d);
+      checked++;
+      free(w);
+      free(g);
+    }
+    esp_adapter_destroy(a);
+    fx_close(&r);
+  }
+  assert_true(checked > 20);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
+      cmocka_unit_test(rotations),
       cmocka_unit_test(identity),
       cmocka_unit_test(merged),
       cmocka_unit_test(round_trip),
