@@ -20,8 +20,8 @@ static void attach(esp_adapter *a, esp_site *s) {
 esp_status esp_train_module_add(esp_adapter *a, esp_site *s, const char *inner, bool weight, bool pad) {
   char name[600];
   /* the module's path in the Hugging Face model; the key in the base's file may lack its first component */
-  snprintf(name, sizeof name, "%s%s%s.%s", a->kind->whole_base ? "" : ESP_PEFT_PREFIX, s->path,
-           inner, weight ? "weight" : "bias");
+  snprintf(name, sizeof name, "%s%s%s.%s", a->kind->whole_base ? "" : ESP_PEFT_PREFIX, s->path, inner,
+           weight ? "weight" : "bias");
   int64_t shape[2] = {s->out, s->in};
   int ndim = 1;
   if (weight && s->kind == ESP_SITE_LINEAR) ndim = 2;

@@ -35,15 +35,15 @@ typedef struct row {
   .modules_to_save = (const char *const[]){__VA_ARGS__},                                                               \
   .n_modules_to_save = sizeof((const char *[]){__VA_ARGS__}) / sizeof(char *)
 #define FF(...)                                                                                                        \
-  .feedforward = (const char *const[]){__VA_ARGS__}, .n_feedforward = sizeof((const char *[]){__VA_ARGS__}) / sizeof(char *)
+  .feedforward = (const char *const[]){__VA_ARGS__},                                                                   \
+  .n_feedforward = sizeof((const char *[]){__VA_ARGS__}) / sizeof(char *)
 #define LAYER_1 .layers = (const int[]){1}, .n_layers = 1
 
 #define RANKS(kind)                                                                                                    \
   .type = kind, .r = 4, .alpha = 60, .seed = 5, .interval = 1, .beta1 = 0.85, .beta2 = 0.85, .orth_weight = 0.1
-#define DYRANK                                                                                                         \
-  .type = "dyrank", .r = 4, .alpha = 60, .seed = 5, .interval = 1, .beta1 = 0.85, .beta2 = 0.85
+#define DYRANK .type = "dyrank", .r = 4, .alpha = 60, .seed = 5, .interval = 1, .beta1 = 0.85, .beta2 = 0.85
 #define ADALORA                                                                                                        \
-  .type = "adalora", .r = 4, .target_r = 2, .alpha = 60, .seed = 5, .interval = 1, .beta1 = 0.85, .beta2 = 0.85,        \
+  .type = "adalora", .r = 4, .target_r = 2, .alpha = 60, .seed = 5, .interval = 1, .beta1 = 0.85, .beta2 = 0.85,       \
   .orth_weight = 0.5
 
 #define TASKS(kind) .type = kind, .r = 2, .alpha = 6, .seed = 5, .tasks = 3, .task = 1
@@ -117,7 +117,10 @@ static const row rows[] = {
       .n_rank_pattern = 1, .alpha_pattern = (const esp_pattern[]){{"q_proj", 90}}, .n_alpha_pattern = 1},
      false},
     {"lokr", "qwen", {LOKR, NAMES("all-linear")}, false},
-    {"lokr whole", "qwen", {.type = "lokr", .r = 8, .alpha = 20, .seed = 5, NAMES("q_proj", "v_proj", "down_proj")}, false},
+    {"lokr whole",
+     "qwen",
+     {.type = "lokr", .r = 8, .alpha = 20, .seed = 5, NAMES("q_proj", "v_proj", "down_proj")},
+     false},
     {"lokr both", "gpt2", {LOKR, .decompose_both = true, NAMES("c_attn", "c_proj", "c_fc")}, false},
     {"lokr factor", "qwen", {LOKR, .decompose_factor = 4, NAMES("k_proj", "up_proj", "down_proj")}, false},
     {"ia3 all-linear", "qwen", {IA3, NAMES("all-linear"), FF("down_proj")}, false},
@@ -149,7 +152,10 @@ static const row rows[] = {
       .n_kept = 3},
      false},
     {"olora_cl", "qwen", {TASKS("olora_cl"), NAMES("all-linear")}, false},
-    {"olora_cl one task, conv1d", "gpt2", {.type = "o-lora", .r = 3, .alpha = 6, .seed = 5, NAMES("c_attn", "c_fc")}, false},
+    {"olora_cl one task, conv1d",
+     "gpt2",
+     {.type = "o-lora", .r = 3, .alpha = 6, .seed = 5, NAMES("c_attn", "c_fc")},
+     false},
     {"olora_cl patterns, dropout",
      "qwen",
      {TASKS("olora_cl"), .dropout = 0.3, NAMES("q_proj", "v_proj"), .orthogonal = "frobenius",
@@ -174,7 +180,10 @@ static const row rows[] = {
      "gpt2",
      {OFT, .oft_block_size = 8, .oft_block_share = true, NAMES("c_attn", "c_proj", "c_fc")},
      false},
-    {"oft blocks, three terms", "llama", {OFT, .oft_blocks = 4, .cayley_terms = 3, NAMES("k_proj", "down_proj")}, false},
+    {"oft blocks, three terms",
+     "llama",
+     {OFT, .oft_blocks = 4, .cayley_terms = 3, NAMES("k_proj", "down_proj")},
+     false},
     {"oft two terms, shared",
      "qwen",
      {OFT, .oft_block_size = 4, .oft_block_share = true, .cayley_terms = 2, NAMES("q_proj", "v_proj", "lm_head")},
@@ -184,7 +193,10 @@ static const row rows[] = {
     {"hra gram-schmidt", "qwen", {HRA, .r = 3, .apply_gs = true, NAMES("q_proj", "down_proj", "up_proj")}, false},
     {"hra gap", "qwen", {HRA, .r = 4, NAMES("q_proj", "v_proj", "up_proj")}, false},
     {"olora_cl", "qwen", {TASKS("olora_cl"), NAMES("all-linear")}, false},
-    {"olora_cl one task, conv1d", "gpt2", {.type = "o-lora", .r = 3, .alpha = 6, .seed = 5, NAMES("c_attn", "c_fc")}, false},
+    {"olora_cl one task, conv1d",
+     "gpt2",
+     {.type = "o-lora", .r = 3, .alpha = 6, .seed = 5, NAMES("c_attn", "c_fc")},
+     false},
     {"olora_cl patterns, dropout",
      "qwen",
      {TASKS("olora_cl"), .dropout = 0.3, NAMES("q_proj", "v_proj"), .orthogonal = "frobenius",
@@ -663,8 +675,8 @@ static void bf16_close(void **state) {
   }
 }
 
-/* Kinds that only turn the input keep every angle between rows: W' W'^T = W W^T. The series of oft, which is cut off, is
- * no rotation. */
+/* Kinds that only turn the input keep every angle between rows: W' W'^T = W W^T. The series of oft, which is cut off,
+ * is no rotation. */
 static void rotations(void **state) {
   int checked = 0;
   for (int i = 0; i < N_ROWS; i++) {
