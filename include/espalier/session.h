@@ -23,6 +23,10 @@ ESP_API void esp_session_close(esp_session *s); /* NULL is allowed */
  * below that computes; without it the base model is used. */
 ESP_API esp_status esp_session_attach(esp_session *s, const char *adapter_dir);
 
+/* One more adapter from a PEFT directory, with the weight of its effect: it is active beside the attached one and those
+ * added before, and is not trained. After attach (or without), before anything below that computes. */
+ESP_API esp_status esp_session_add(esp_session *s, const char *adapter_dir, double weight);
+
 typedef struct esp_example { /* one sample: weights[i] is the loss weight of predicting ids[i]; weights[0] is not used
                               */
   const int32_t *ids;
@@ -61,6 +65,8 @@ typedef struct esp_generate_options { /* all zero: greedy, 64 tokens, stop at th
   int top_k;          /* 0: off */
   uint64_t seed;
   int raw; /* the prompt is taken as it is: no BOS */
+  /* Per prompt the one adapter it uses: 0 is the first that was attached or added, -1 the base. NULL: all of them. */
+  const int32_t *adapters;
 } esp_generate_options;
 /* One completion per prompt, in one batch; each text is the caller's (esp_free). */
 ESP_API esp_status esp_session_generate(esp_session *s, const char *const *prompts, int n,

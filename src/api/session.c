@@ -11,6 +11,13 @@
 #include "core/threads.h"
 #include "eval/generate.h"
 
+enum { MAX_ADDED = 63 };
+typedef struct added { /* beside the trained adapter; [0] in the engine, [1] in the counting one */
+  char *dir;
+  double weight;
+  esp_adapter *a[2];
+} added;
+
 struct esp_session {
   esp_recipe *recipe;
   esp_comm *comm;
@@ -18,7 +25,9 @@ struct esp_session {
   esp_engine engine, count;
   char *adapter_dir; /* loaded from; NULL: new */
   bool attached;     /* an adapter was asked for */
-  bool ready;        /* weights are loaded */
+  added added[MAX_ADDED];
+  int n_added;
+  bool ready; /* weights are loaded */
   double lr_factor;
   int64_t step;
 };
@@ -53,6 +62,10 @@ out:
 
 void esp_session_close(esp_session *s) {
   if (!s) return;
+  for (int i = 0; i < s->n_added; i++) {
+    for (int k = 0; k < 2; k++) esp_adapter_destroy(s->added[i].a[k]);
+    esp_mem_free(s->added[i].dir);
+  }
   esp_engine_deinit(&s->engine);
   esp_engine_deinit(&s->count);
   esp_tokenizer_destroy(s->tok);
@@ -67,16 +80,52 @@ static const esp_adapter_cfg *cfg_of(const esp_session *s) {
 }
 
 esp_status esp_session_attach(esp_session *s, const char *dir) {
-  if (s->attached || s->ready)
+  if (s->attached || s->ready || s->n_added)
     return esp_fail(ESP_ERR_RECIPE, "session: an adapter is attached once, before the first computation");
   if (dir && !(s->adapter_dir = esp_mem_strdup(ESP_MEM_HOST, dir))) return ESP_ERR_MEMORY;
   s->attached = true;
   return esp_engine_load(&s->count, s->recipe->model.base_model, cfg_of(s), s->adapter_dir, true);
 }
 
+static esp_status load_added(esp_session *s, esp_engine *e, int which, int i) {
+  char name[32];
+  added *x = &s->added[i];
+  snprintf(name, sizeof name, "added%d", i + 1);
+  ESP_TRY(esp_adapter_load(e->model, x->dir, name, false, &x->a[which]));
+  x->a[which]->weight = x->weight;
+  return ESP_OK;
+}
+
+static esp_status activate(esp_session *s, esp_engine *e, int which) {
+  esp_adapter *list[MAX_ADDED + 1];
+  int n = 0;
+  if (e->adapter) list[n++] = e->adapter;
+  for (int i = 0; i < s->n_added; i++)
+    if (s->added[i].a[which]) list[n++] = s->added[i].a[which];
+  return esp_adapters_activate(e->model, list, n);
+}
+
+esp_status esp_session_add(esp_session *s, const char *dir, double weight) {
+  if (s->ready) return esp_fail(ESP_ERR_RECIPE, "session: adapters are added before the first computation");
+  if (s->n_added == MAX_ADDED) return esp_fail(ESP_ERR_RECIPE, "session: more than %d adapters", MAX_ADDED);
+  if (!isfinite(weight)) return esp_fail(ESP_ERR_RECIPE, "session: the weight of %s is not finite", dir);
+  added *x = &s->added[s->n_added];
+  if (!(x->dir = esp_mem_strdup(ESP_MEM_HOST, dir))) return ESP_ERR_MEMORY;
+  x->weight = weight;
+  s->n_added++;
+  ESP_TRY(load_added(s, &s->count, 1, s->n_added - 1));
+  return activate(s, &s->count, 1);
+}
+
 static esp_status ready(esp_session *s) {
   if (s->ready) return ESP_OK;
+  for (int i = 0; i < s->n_added; i++) { /* of a call before that failed */
+    esp_adapter_destroy(s->added[i].a[0]);
+    s->added[i].a[0] = NULL;
+  }
   ESP_TRY(esp_engine_load(&s->engine, s->recipe->model.base_model, cfg_of(s), s->adapter_dir, true));
+  for (int i = 0; i < s->n_added; i++) ESP_TRY(load_added(s, &s->engine, 0, i));
+  if (s->n_added) ESP_TRY(activate(s, &s->engine, 0));
   if (s->engine.adapter) ESP_TRY(esp_engine_optim(&s->engine, &s->recipe->optim, false));
   ESP_TRY(esp_engine_stack(&s->count, 0));
   s->ready = true;
@@ -315,7 +364,8 @@ static esp_status generate(esp_session *s, esp_engine *e, const esp_ids *prompts
                      .top_k = o->top_k,
                      .seed = o->seed,
                      .stop = stop,
-                     .n_stop = n_stop};
+                     .n_stop = n_stop,
+                     .adapters = o->adapters};
   if (esp_backend_counts(e->be)) {
     cfg.n_stop = 0; /* nothing is computed: only the length counts */
     cfg.temperature = 0;

@@ -272,3 +272,17 @@ bool cli_number(const cli_args *a, const char *option, double min, double max, d
   *out = v;
   return true;
 }
+
+bool cli_weighted(const cli_verb *verb, const char *value, char **dir, double *weight) {
+  const char *colon = strrchr(value, ':');
+  char *end = NULL;
+  double w = colon && colon[1] ? strtod(colon + 1, &end) : 1;
+  bool has = colon && colon[1] && !*end;
+  *weight = has ? w : 1;
+  if (has && !(w > -1e6 && w < 1e6)) {
+    cli_usage_error(verb, "--adapter: '%s' is not a weight", colon + 1);
+    return false;
+  }
+  *dir = has ? strndup(value, (size_t)(colon - value)) : strdup(value);
+  return *dir != NULL;
+}

@@ -61,6 +61,8 @@ bool cli_flag(const cli_args *a, const char *option);
 int cli_values(const cli_args *a, const char *option, const char **out, int max);
 bool cli_integer(const cli_args *a, const char *option, int64_t min, int64_t max, int64_t *out);
 bool cli_number(const cli_args *a, const char *option, double min, double max, double *out);
+/* DIR[:W]: *dir is the caller's (free), *weight 1 without W. */
+bool cli_weighted(const cli_verb *verb, const char *value, char **dir, double *weight);
 /* Adds key=value. The first quotes the value for YAML, so that any text is a text. */
 bool cli_override(cli_args *a, const char *key, const char *value);
 bool cli_override_plain(cli_args *a, const char *key, const char *value);

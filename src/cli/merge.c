@@ -76,18 +76,7 @@ static int merge(cli_args *a) {
   esp_merge_result r = {0};
   o.n_adapters = cli_values(a, "adapter", dirs, MAX_ADAPTERS);
   for (int i = 0; i < o.n_adapters; i++) {
-    weights[i] = 1;
-    const char *colon = strrchr(dirs[i], ':');
-    char *end;
-    double w = colon && colon[1] ? strtod(colon + 1, &end) : 0;
-    if (!colon || !colon[1] || *end) continue;
-    if (!(w > -1e6 && w < 1e6)) {
-      cli_usage_error(a->verb, "--adapter: '%s' is not a weight", colon + 1);
-      goto out;
-    }
-    weights[i] = w;
-    owned[i] = strndup(dirs[i], (size_t)(colon - dirs[i]));
-    if (!owned[i]) goto out;
+    if (!cli_weighted(a->verb, dirs[i], &owned[i], &weights[i])) goto out;
     dirs[i] = owned[i];
   }
   if (o.dtype && strcmp(o.dtype, "bf16") && strcmp(o.dtype, "fp16") && strcmp(o.dtype, "fp32")) {

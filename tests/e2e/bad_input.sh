@@ -105,10 +105,14 @@ bad "verification of an adapter" 2 "dtype and verify are for a model" $no merge 
 tune='"$espalier" run r.yaml -q --output in --set'
 bad "vllm export of a module in full" 2 "^in/adapters/a: module 'model.norm' is trained in full .* use merge" "$tune 'adapter.modules_to_save=[model.norm]' >log 2>&1" export -b model -a in/adapters/a -o out --for vllm
 bad "export of a kind without low-rank form" 2 "type mora has no exact low-rank form on .*; give a rank" "$tune adapter.type=mora --set adapter.mora_type=rotation >log 2>&1" export -b model -a in/adapters/a -o out --as lora
+bad "adapter with modules in full, per prompt" 2 "adapter 'default' \(lora\) trains model.norm in full: it cannot be chosen per row" "$tune 'adapter.modules_to_save=[model.norm]' >log 2>&1" generate -m model -a in/adapters/a -p x -u 1
 bad "merge of two multiplicative adapters" 2 "adapters 'merge0' \(oft\) and 'merge1' \(oft\) cannot both be active on" "$tune adapter.type=oft --set adapter.oft_block_size=4 >log 2>&1" merge -b model -a in/adapters/a -a in/adapters/a -o out
 bad "sum of factors of a kind that has none" 2 "type oft has no low-rank factors on" "$tune adapter.type=oft --set adapter.oft_block_size=4 >log 2>&1" merge -b model -a in/adapters/a -o out --combine linear
 bad "extract with rank 0" 2 "--rank: expected an integer from 1" $no extract -b model -t model -o out -r 0
 bad "unknown colour mode" 2 "--color: 'blue' is not one of" $no data r.yaml --color blue
+bad "adapter that a prompt cannot use" 2 "--use: '2' is none of the adapters 1 to 1, or 0 for the base" $no generate -m model -a $ad -p x -u 2
+bad "adapters for other prompts" 2 "--use: 2 for 1 prompts" $no generate -m model -a $ad -p x -u 1 -u 0
+bad "weight of an adapter" 2 "--adapter: '1e9' is not a weight" $no generate -m model -a $ad:1e9 -p x
 bad "sampling without temperature" 2 "need --temperature" $no generate -m model -p x --top-k 5
 bad "unknown schema format" 2 "format 'xml' is not one of text, json, markdown" $no schema --format xml
 bad "init onto a file" 2 "r.yaml: File exists" $no init model -o r.yaml

@@ -122,6 +122,59 @@ static void test_generate(void **state) {
   esp_session_close(s);
 }
 
+static void composed(const char *const *dirs, const double *weights, int n, const int32_t *use, char **texts) {
+  static const char *const prompts[3] = {"x", "x", "x"};
+  esp_generate_options o = {.max_new_tokens = 6, .adapters = use};
+  esp_session *s = NULL;
+  ok(esp_session_open(model, settings, 4, &s));
+  for (int i = 0; i < n; i++) ok(esp_session_add(s, dirs[i], weights[i]));
+  ok(esp_session_generate(s, prompts, 3, &o, texts));
+  if (n) assert_int_equal(esp_session_add(s, dirs[0], 1), ESP_ERR_RECIPE); /* too late */
+  esp_session_close(s);
+}
+
+static void free3(char **texts) {
+  for (int i = 0; i < 3; i++) esp_free(texts[i]);
+}
+
+/* Two adapters that learned to say different things, one per row, and added up. */
+static void test_several_adapters(void **state) {
+  static const char *const prompt[] = {"x"}, *const says[] = {"aaaa", "bbbb"};
+  static const int32_t use[] = {1, 0, -1};
+  char dir[2][4300], *mixed[3], *one[3], *two[3], *base[3], *both[3];
+  const char *dirs[2] = {dir[0], dir[1]};
+  for (int k = 0; k < 2; k++) {
+    esp_session *s = open_session(NULL);
+    esp_step_result r;
+    for (int i = 0; i < 25; i++) ok(esp_session_step_text(s, prompt, &says[k], 1, &r));
+    snprintf(dir[k], sizeof dir[k], "%s/says%d", root, k);
+    ok(esp_session_save(s, dir[k]));
+    esp_session_close(s);
+  }
+  const double weights[] = {1, 1}, cancel[] = {1, -1};
+  composed(dirs, weights, 2, use, mixed);
+  composed(&dirs[0], weights, 1, NULL, one);
+  composed(&dirs[1], weights, 1, NULL, two);
+  composed(NULL, NULL, 0, NULL, base);
+  assert_string_equal(mixed[0], two[0]);
+  assert_string_equal(mixed[1], one[0]);
+  assert_string_equal(mixed[2], base[0]);
+  assert_string_equal(one[0], "aaaa");
+  assert_string_equal(two[0], "bbbb");
+  assert_true(strcmp(base[0], one[0]) != 0 && strcmp(base[0], two[0]) != 0);
+  const char *twice[2] = {dir[0], dir[0]};
+  composed(twice, cancel, 2, NULL, both); /* its effect less its effect */
+  assert_string_equal(both[0], base[0]);
+  char **all[] = {mixed, one, two, base, both};
+  for (int i = 0; i < 5; i++) free3(all[i]);
+  esp_session *s = open_session(NULL);
+  const int32_t wrong[] = {1};
+  esp_generate_options o = {.adapters = wrong};
+  assert_int_equal(esp_session_generate(s, prompt, 1, &o, mixed), ESP_ERR_RECIPE);
+  assert_non_null(strstr(esp_error_message(), "chooses adapter 1 of 1"));
+  esp_session_close(s);
+}
+
 static void has(char *text, const char *words) {
   if (!text || !strstr(text, words)) fail_msg("'%s' is not in: %s", words, text ? text : "(null)");
 }
@@ -192,8 +245,12 @@ static int teardown(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_text),     cmocka_unit_test(test_step),  cmocka_unit_test(test_mistakes),
-      cmocka_unit_test(test_generate), cmocka_unit_test(test_files),
+      cmocka_unit_test(test_text),
+      cmocka_unit_test(test_step),
+      cmocka_unit_test(test_mistakes),
+      cmocka_unit_test(test_generate),
+      cmocka_unit_test(test_several_adapters),
+      cmocka_unit_test(test_files),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }
