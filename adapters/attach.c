@@ -353,7 +353,9 @@ static bool token_site(const esp_adapter *a, const esp_site *s) {
 }
 
 bool esp_adapter_changes(const esp_adapter *a, const esp_site *s) {
-  return a->targeted[s->index] || a->modules->weight[s->index] >= 0 || token_site(a, s);
+  /* a module whose ranks have all been taken out stays as it is */
+  bool emptied = a->kind->resized && esp_adapter_rank(a, s) == 0;
+  return (a->targeted[s->index] && !emptied) || a->modules->weight[s->index] >= 0 || token_site(a, s);
 }
 
 esp_status esp_adapter_effective_rows(esp_adapter *a, esp_site *s, int64_t r0, int64_t n, float *w) {
