@@ -45,8 +45,10 @@ static esp_status pmss_declare(esp_adapter *a, esp_group *g, const bool *hit) {
     ps->rows = esp_arena_alloc(a->arena, (size_t)r * sizeof *ps->rows);
     ps->cols = esp_arena_alloc(a->arena, (size_t)r * sizeof *ps->cols);
     ps->t.core = esp_factor_add(a, s, "pmss_U", r, r);
-    if (!ps->rows || !ps->cols || ps->t.core < 0) return ESP_ERR_MEMORY;
-    a->site_state[s->index] = ps;
+    a->site_state[s->index] = ps; /* from here destroy frees what it holds */
+    ps->t.host_a = esp_mem_alloc(ESP_MEM_PARAMS, (size_t)(r * s->in) * sizeof(float));
+    ps->t.host_b = esp_mem_alloc(ESP_MEM_PARAMS, (size_t)(r * s->out) * sizeof(float));
+    if (!ps->rows || !ps->cols || !ps->t.host_a || !ps->t.host_b || ps->t.core < 0) return ESP_ERR_MEMORY;
     tg->sites[tg->n++] = s;
     tg->width += r;
     bytes += esp_factor_round(s->out * r * unit);
@@ -165,10 +167,8 @@ static esp_status pmss_init(esp_adapter *a, esp_site *s) {
   int64_t r = ps->t.r;
   esp_status st = ESP_OK;
   float *w = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)(s->out * s->in) * sizeof *w);
-  ps->t.host_a = esp_mem_alloc(ESP_MEM_PARAMS, (size_t)(r * s->in) * sizeof(float));
-  ps->t.host_b = esp_mem_alloc(ESP_MEM_PARAMS, (size_t)(r * s->out) * sizeof(float));
   const esp_skeleton *k = stored(&a->cfg, s->path);
-  if (!w || !ps->t.host_a || !ps->t.host_b) {
+  if (!w) {
     st = ESP_ERR_MEMORY;
     goto out;
   }
