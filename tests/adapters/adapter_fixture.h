@@ -73,7 +73,7 @@ static inline void fx_close(fx_run *r) {
   esp_backend_destroy(r->be);
 }
 
-/* Adds sd * N(0,1) to every parameter. */
+/* Adds sd * N(0,1) to every parameter, but not to those that a file cannot hold. */
 static inline void fx_shake(esp_adapter *a, float sd, uint64_t seed) {
   for (int i = 0; i < a->params->count; i++) {
     int64_t n = a->params->list[i].numel;
