@@ -62,7 +62,7 @@ typedef struct esp_adapter_cfg {
   int64_t target_r, interval;
   double tinit, tfinal, beta1, beta2, orth_weight;
   double elastic_share, threshold; /* elalora; dyrank */
-  int64_t total_step; /* from a file: what tinit and tfinal were steps of */
+  int64_t total_step;              /* from a file: what tinit and tfinal were steps of */
   const esp_kept *kept;
   int n_kept;
   /* ia3: modules whose input is scaled, in the place of the output */

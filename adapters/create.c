@@ -70,7 +70,6 @@ esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter
   COPY_STR(bias);
   COPY_STR(sparse_mask);
   COPY_STR(mora_type);
-  COPY_STR(orthogonal);
   COPY_STR(pmss_select);
   COPY_STR(orthogonal);
   COPY_STR(miss_type);

@@ -133,7 +133,8 @@ static esp_status fill(esp_adapter *a, esp_st *f, const char *path, account *acc
   if (st == ESP_OK) st = esp_ints_fill(a, f, path);
   for (int i = 0; i < esp_st_count(f) && st == ESP_OK; i++) {
     const esp_st_entry *e = esp_st_at(f, i);
-    if (!esp_map_has(used, e->name, strlen(e->name)) && !esp_ints_own(a, e->name)) st = check_copy(a, e, copied_site(a, e->name));
+    if (!esp_map_has(used, e->name, strlen(e->name)) && !esp_ints_own(a, e->name))
+      st = check_copy(a, e, copied_site(a, e->name));
   }
   esp_map_destroy(used);
   return st;

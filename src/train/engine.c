@@ -26,7 +26,8 @@ static esp_status device_comm(esp_engine *e) {
   esp_comm_destroy(e->device_comm);
   e->device_comm = NULL;
   ESP_TRY(esp_plugin_load(&plugin));
-  return plugin->comm(e->be, e->comm, e->adapter->params->total + e->adapter->params->reserve, esp_comm_agree, &e->device_comm);
+  return plugin->comm(e->be, e->comm, e->adapter->params->total + e->adapter->params->reserve, esp_comm_agree,
+                      &e->device_comm);
 }
 
 void esp_engine_unload(esp_engine *e) {

@@ -41,8 +41,7 @@ template <> struct update_rule<ESP_RULE_SENSITIVITY> {
 };
 template <> struct update_rule<ESP_RULE_SHRINK> {
   static constexpr int states = 1; /* read and written as it is; the caller gives the gradient's buffer a second time */
-  template <int N>
-  static __device__ __forceinline__ float step(float p, float, float (&)[1][N], int, const float *h) {
+  template <int N> static __device__ __forceinline__ float step(float p, float, float (&)[1][N], int, const float *h) {
     return esp_rule_shrink(p, h);
   }
 };
