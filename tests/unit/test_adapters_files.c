@@ -107,8 +107,8 @@ static void configurations(void **state) {
   edit_config("ad", "r", json_integer(5));
   refused("qwen", "ad", "has shape [4, 32], this base and configuration need [5, 32]");
   save_plain("qwen", "ad");
-  edit_config("ad", "use_dora", json_true());
-  refused("qwen", "ad", "key 'use_dora'");
+  edit_config("ad", "use_qalora", json_true());
+  refused("qwen", "ad", "key 'use_qalora'");
   save_plain("qwen", "ad");
   edit_config("ad", "peft_type", json_string("LOHA"));
   refused("qwen", "ad", "peft_type 'LOHA'");
