@@ -110,8 +110,8 @@ static void configurations(void **state) {
   edit_config("ad", "use_qalora", json_true());
   refused("qwen", "ad", "key 'use_qalora'");
   save_plain("qwen", "ad");
-  edit_config("ad", "peft_type", json_string("LOHA"));
-  refused("qwen", "ad", "peft_type 'LOHA'");
+  edit_config("ad", "peft_type", json_string("XLORA"));
+  refused("qwen", "ad", "peft_type 'XLORA'");
   edit_config("ad", "peft_type", NULL);
   refused("qwen", "ad", "peft_type");
   save_plain("qwen", "ad");
