@@ -15,7 +15,6 @@
 
 #include "adapters/internal.h"
 #include "backend/optim_rules.h"
-#include "core/rng.h"
 #include "io/json.h"
 
 typedef struct dora_site {
@@ -202,21 +201,6 @@ static void norms(esp_adapter *a, esp_run *run, esp_group *g, dora_group *dg) {
 
 /* ---- forward ---- */
 
-static bool drops(const esp_adapter *a, const esp_run *run) {
-  return run->train && a->trainable && a->cfg.dropout > 0;
-}
-
-static uint64_t stream_of(const esp_adapter *a, const esp_run *run, const esp_group *g) {
-  return esp_rng_stream(ESP_RNG_DROPOUT, (uint64_t)run->part, (uint64_t)g->index,
-                        esp_rng_stream_name(ESP_RNG_DROPOUT, a->name));
-}
-
-static esp_tensor dropped(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor x) {
-  esp_tensor y = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), esp_tensor_cols(&x));
-  run->be->ops->dropout(run->be, y, x, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 0.0f);
-  return y;
-}
-
 static int dora_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot) {
   dora_group *dg = a->group_state[g->index];
   if (!dg) return 0;
@@ -224,7 +208,7 @@ static int dora_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, 
   norms(a, run, g, dg);
   dg->t = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), dg->width);
   int64_t mark = esp_stack_mark(run->stack);
-  esp_tensor xd = drops(a, run) ? dropped(a, run, g, x) : x;
+  esp_tensor xd = esp_dropped(a, run, g, x);
   ops->matmul(run->be, dg->t, xd, false, esp_params_stacked(a->params, dg->first_a, dg->n, 0), true, 1.0f, 0.0f);
   esp_stack_release(run->stack, mark);
   dg->late_fwd = max < dg->n;
@@ -330,11 +314,11 @@ static int dora_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor
   }
   if (a->trainable) {
     int64_t mark = esp_stack_mark(run->stack);
-    esp_tensor xd = drops(a, run) ? dropped(a, run, g, x) : x;
+    esp_tensor xd = esp_dropped(a, run, g, x);
     ops->matmul(run->be, esp_params_stacked(a->params, dg->first_a, dg->n, 2), dg->dt, true, xd, false, 1.0f, 1.0f);
     esp_stack_release(run->stack, mark);
   }
-  dg->late_bwd = max < 1 || drops(a, run); /* the mask stands between dT A and dx */
+  dg->late_bwd = max < 1 || esp_drops(a, run); /* the mask stands between dT A and dx */
   if (dg->late_bwd) return 0;
   tails[0] = (esp_tail){0, dg->dt, esp_params_stacked(a->params, dg->first_a, dg->n, 0)};
   return 1;
@@ -346,12 +330,12 @@ static void dora_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tenso
   const esp_backend_ops *ops = run->be->ops;
   esp_tensor stacked = esp_params_stacked(a->params, dg->first_a, dg->n, 0);
   int64_t mark = esp_stack_mark(run->stack);
-  if (!drops(a, run))
+  if (!esp_drops(a, run))
     ops->matmul(run->be, dx, dg->dt, false, stacked, false, 1.0f, 1.0f);
   else {
     esp_tensor d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
     ops->matmul(run->be, d, dg->dt, false, stacked, false, 1.0f, 0.0f);
-    ops->dropout(run->be, dx, d, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 1.0f);
+    esp_dropout(a, run, g, dx, d, 1.0f);
   }
   esp_stack_release(run->stack, mark);
 }

@@ -70,6 +70,12 @@ esp_status esp_train_module_add(esp_adapter *a, esp_site *s, const char *inner, 
 /* Remembers that the file holds parameter `index` transposed. */
 esp_status esp_mark_transposed(esp_adapter *a, int index);
 
+/* dropout.c. dropped: x with entries dropped, on the stack; x itself where nothing is. dropout: y = mask(x) + beta*y.
+ */
+bool esp_drops(const esp_adapter *a, const esp_run *run);
+void esp_dropout(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor y, esp_tensor x, float beta);
+esp_tensor esp_dropped(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor x);
+
 /* lora.c */
 typedef struct esp_lora_site {
   int64_t r;

@@ -11,7 +11,6 @@
 #include <string.h>
 
 #include "adapters/internal.h"
-#include "core/rng.h"
 #include "core/threads.h"
 
 typedef struct lora_group {
@@ -98,28 +97,13 @@ static esp_status lora_declare_embed(esp_adapter *a, esp_site *s) {
 
 /* ---- linear ---- */
 
-static bool drops(const esp_adapter *a, const esp_run *run) {
-  return run->train && a->trainable && a->cfg.dropout > 0;
-}
-
-static uint64_t stream_of(const esp_adapter *a, const esp_run *run, const esp_group *g) {
-  return esp_rng_stream(ESP_RNG_DROPOUT, (uint64_t)run->part, (uint64_t)g->index,
-                        esp_rng_stream_name(ESP_RNG_DROPOUT, a->name));
-}
-
-static esp_tensor dropped(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor x) {
-  esp_tensor y = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), esp_tensor_cols(&x));
-  run->be->ops->dropout(run->be, y, x, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 0.0f);
-  return y;
-}
-
 static int lora_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot) {
   lora_group *lg = a->group_state[g->index];
   if (!lg) return 0;
   const esp_backend_ops *ops = run->be->ops;
   lg->t = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), lg->width);
   int64_t mark = esp_stack_mark(run->stack);
-  esp_tensor xd = drops(a, run) ? dropped(a, run, g, x) : x;
+  esp_tensor xd = esp_dropped(a, run, g, x);
   esp_tensor stacked = esp_params_stacked(a->params, lg->first_a, lg->n, 0);
   const esp_lora_site *first = a->site_state[lg->sites[0]->index];
   ops->matmul(run->be, lg->t, xd, false, stacked, true, lg->uniform ? site_scale(a, first) : 1.0f, 0.0f);
@@ -196,12 +180,12 @@ static int lora_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor
   }
   if (a->trainable) {
     int64_t mark = esp_stack_mark(run->stack);
-    esp_tensor xd = drops(a, run) ? dropped(a, run, g, x) : x;
+    esp_tensor xd = esp_dropped(a, run, g, x);
     ops->matmul(run->be, esp_params_stacked(a->params, lg->first_a, lg->n, 2), lg->dt, true, xd, false, 1.0f, 1.0f);
     esp_stack_release(run->stack, mark);
   }
   /* With dropout the mask stands between dT A and dx: that product is made apart, in input_bwd. */
-  lg->late_bwd = max < 1 || drops(a, run);
+  lg->late_bwd = max < 1 || esp_drops(a, run);
   if (lg->late_bwd) return 0;
   tails[0] = (esp_tail){0, lg->dt, esp_params_stacked(a->params, lg->first_a, lg->n, 0)};
   return 1;
@@ -212,14 +196,14 @@ static void lora_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tenso
   if (!lg || !lg->late_bwd || !dx.data) return;
   const esp_backend_ops *ops = run->be->ops;
   esp_tensor stacked = esp_params_stacked(a->params, lg->first_a, lg->n, 0);
-  if (!drops(a, run)) {
+  if (!esp_drops(a, run)) {
     ops->matmul(run->be, dx, lg->dt, false, stacked, false, 1.0f, 1.0f);
     return;
   }
   int64_t mark = esp_stack_mark(run->stack);
   esp_tensor d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
   ops->matmul(run->be, d, lg->dt, false, stacked, false, 1.0f, 0.0f);
-  ops->dropout(run->be, dx, d, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 1.0f);
+  esp_dropout(a, run, g, dx, d, 1.0f);
   esp_stack_release(run->stack, mark);
 }
 

@@ -11,7 +11,6 @@
 #include <string.h>
 
 #include "adapters/internal.h"
-#include "core/rng.h"
 #include "io/json.h"
 
 typedef struct miss_site {
@@ -122,15 +121,6 @@ static esp_status miss_declare(esp_adapter *a, esp_group *g, const bool *hit) {
 
 /* ---- the step ---- */
 
-static bool drops(const esp_adapter *a, const esp_run *run) {
-  return run->train && a->trainable && a->cfg.dropout > 0;
-}
-
-static uint64_t stream_of(const esp_adapter *a, const esp_run *run, const esp_group *g) {
-  return esp_rng_stream(ESP_RNG_DROPOUT, (uint64_t)run->part, (uint64_t)g->index,
-                        esp_rng_stream_name(ESP_RNG_DROPOUT, a->name));
-}
-
 /* D^T of a span, [out, r]. */
 static esp_tensor weight_of(esp_adapter *a, esp_run *run, const miss_span *sp) {
   const miss_impl *im = a->impl;
@@ -149,11 +139,7 @@ static int miss_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, 
   const esp_backend_ops *ops = run->be->ops;
   mg->t = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), a->cfg.r);
   int64_t mark = esp_stack_mark(run->stack);
-  esp_tensor xd = x;
-  if (drops(a, run)) {
-    xd = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), esp_tensor_cols(&x));
-    ops->dropout(run->be, xd, x, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 0.0f);
-  }
+  esp_tensor xd = esp_dropped(a, run, g, x);
   ops->matmul(run->be, mg->t, xd, false, mg->a, true, (float)a->weight, 0.0f);
   esp_stack_release(run->stack, mark);
   mg->late_fwd = max < mg->n;
@@ -204,7 +190,7 @@ static int miss_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor
   }
   if (mg->n > 1) run->be->ops->axpby(run->be, mg->dt, 1.0f, sum, 0.0f);
   esp_stack_release(run->stack, mark);
-  mg->late_bwd = max < 1 || drops(a, run); /* the mask stands between dt A and dx */
+  mg->late_bwd = max < 1 || esp_drops(a, run); /* the mask stands between dt A and dx */
   if (mg->late_bwd) return 0;
   tails[0] = (esp_tail){0, mg->dt, mg->a};
   return 1;
@@ -214,14 +200,14 @@ static void miss_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tenso
   miss_group *mg = a->group_state[g->index];
   if (!mg || !mg->late_bwd || !dx.data) return;
   const esp_backend_ops *ops = run->be->ops;
-  if (!drops(a, run)) {
+  if (!esp_drops(a, run)) {
     ops->matmul(run->be, dx, mg->dt, false, mg->a, false, 1.0f, 1.0f);
     return;
   }
   int64_t mark = esp_stack_mark(run->stack);
   esp_tensor d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
   ops->matmul(run->be, d, mg->dt, false, mg->a, false, 1.0f, 0.0f);
-  ops->dropout(run->be, dx, d, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 1.0f);
+  esp_dropout(a, run, g, dx, d, 1.0f);
   esp_stack_release(run->stack, mark);
 }
 

@@ -18,7 +18,6 @@
 #include <string.h>
 
 #include "adapters/internal.h"
-#include "core/rng.h"
 #include "io/json.h"
 
 typedef struct mora_site {
@@ -217,25 +216,6 @@ static esp_tensor compress(esp_run *run, const mora_site *ms, esp_tensor x) {
   return u;
 }
 
-/* ---- dropout on x, drawn once per group and drawn again in backward ---- */
-
-static bool drops(const esp_adapter *a, const esp_run *run) {
-  return run->train && a->trainable && a->cfg.dropout > 0;
-}
-
-static void dropped(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor y, esp_tensor x, float beta) {
-  uint64_t stream = esp_rng_stream(ESP_RNG_DROPOUT, (uint64_t)run->part, (uint64_t)g->index,
-                                   esp_rng_stream_name(ESP_RNG_DROPOUT, a->name));
-  run->be->ops->dropout(run->be, y, x, (float)a->cfg.dropout, run->seed, run->draw, stream, beta);
-}
-
-static esp_tensor maybe_dropped(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor x) {
-  if (!drops(a, run)) return x;
-  esp_tensor y = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), esp_tensor_cols(&x));
-  dropped(a, run, g, y, x, 0.0f);
-  return y;
-}
-
 /* ---- the step ---- */
 
 /* y += D z, z [T, used * n]. */
@@ -285,7 +265,7 @@ static void mora_output(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x
   const mora_group *mg = a->group_state[g->index];
   if (!mg) return;
   int64_t mark = esp_stack_mark(run->stack);
-  esp_tensor xd = maybe_dropped(a, run, g, x);
+  esp_tensor xd = esp_dropped(a, run, g, x);
   for (int k = 0; k < mg->n_runs; k++) {
     const mora_site *shared = run_site(a, mg, &mg->runs[k]);
     int64_t inner = esp_stack_mark(run->stack);
@@ -336,7 +316,7 @@ static int mora_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor
     mg->runs[k].du = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), ms->used * ms->n);
   }
   int64_t mark = esp_stack_mark(run->stack);
-  esp_tensor xd = a->trainable ? maybe_dropped(a, run, g, x) : x;
+  esp_tensor xd = a->trainable ? esp_dropped(a, run, g, x) : x;
   for (int k = 0; k < mg->n_runs; k++) {
     int64_t inner = esp_stack_mark(run->stack);
     bool compressed = a->trainable && !rotates(&a->cfg);
@@ -369,7 +349,7 @@ static void mora_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tenso
   if (!mg || !dx.data) return;
   int64_t mark = esp_stack_mark(run->stack);
   esp_tensor d = dx;
-  if (drops(a, run)) { /* the mask stands between the two */
+  if (esp_drops(a, run)) { /* the mask stands between the two */
     d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
     run->be->ops->zero(run->be, d.data, esp_tensor_bytes(&d));
   }
@@ -378,7 +358,7 @@ static void mora_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tenso
     int64_t times = rotates(&a->cfg) ? 1 : ms->segments;
     for (int64_t s = 0; s < times; s++) ring_copy(run, mg->runs[k].du, d, s * ms->n, 1.0f, true);
   }
-  if (drops(a, run)) dropped(a, run, g, dx, d, 1.0f);
+  if (esp_drops(a, run)) esp_dropout(a, run, g, dx, d, 1.0f);
   esp_stack_release(run->stack, mark);
 }
 

@@ -162,23 +162,6 @@ bool esp_task_ranks_in_file(const esp_adapter *a, int index) {
 
 /* ---- the step; see lora.c for what it has in common with it ---- */
 
-static bool drops(const esp_adapter *a, const esp_run *run) {
-  return run->train && a->trainable && a->cfg.dropout > 0;
-}
-
-static void drop_into(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor y, esp_tensor x, float beta) {
-  uint64_t stream = esp_rng_stream(ESP_RNG_DROPOUT, (uint64_t)run->part, (uint64_t)g->index,
-                                   esp_rng_stream_name(ESP_RNG_DROPOUT, a->name));
-  run->be->ops->dropout(run->be, y, x, (float)a->cfg.dropout, run->seed, run->draw, stream, beta);
-}
-
-static esp_tensor maybe_dropped(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor x) {
-  if (!drops(a, run)) return x;
-  esp_tensor y = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), esp_tensor_cols(&x));
-  drop_into(a, run, g, y, x, 0.0f);
-  return y;
-}
-
 /* The columns of task `t` of site `ts` in T. */
 static esp_tensor part(const esp_task_group *tg, const esp_task_site *ts, int t, const esp_tensor *x) {
   return esp_tensor_cols_view(x, t * tg->width + ts->t0, ts->r);
@@ -203,7 +186,7 @@ int esp_task_ranks_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor 
   int64_t mark = esp_stack_mark(run->stack);
   esp_tensor stacked = esp_params_stacked(a->params, tg->first_a[0], tg->n * count, 0);
   const esp_task_site *first = a->site_state[tg->sites[0]->index];
-  ops->matmul(run->be, tg->t, maybe_dropped(a, run, g, x), false, stacked, true,
+  ops->matmul(run->be, tg->t, esp_dropped(a, run, g, x), false, stacked, true,
               tg->uniform ? site_scale(a, first) : 1.0f, 0.0f);
   esp_stack_release(run->stack, mark);
   tg->late_fwd = max < tg->n * count;
@@ -261,11 +244,11 @@ int esp_task_ranks_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_ten
   if (a->trainable) {
     int64_t mark = esp_stack_mark(run->stack);
     ops->matmul(run->be, esp_params_stacked(a->params, tg->first_a[current], tg->n, 2),
-                esp_tensor_cols_view(&tg->dt, current * tg->width, tg->width), true, maybe_dropped(a, run, g, x), false,
+                esp_tensor_cols_view(&tg->dt, current * tg->width, tg->width), true, esp_dropped(a, run, g, x), false,
                 1.0f, 1.0f);
     esp_stack_release(run->stack, mark);
   }
-  tg->late_bwd = max < 1 || drops(a, run);
+  tg->late_bwd = max < 1 || esp_drops(a, run);
   if (tg->late_bwd) return 0;
   tails[0] = (esp_tail){0, tg->dt, esp_params_stacked(a->params, tg->first_a[0], tg->n * count, 0)};
   return 1;
@@ -277,10 +260,10 @@ void esp_task_ranks_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_te
   int count = esp_task_ranks_of(a)->current + 1;
   esp_tensor stacked = esp_params_stacked(a->params, tg->first_a[0], tg->n * count, 0), d = dx;
   int64_t mark = esp_stack_mark(run->stack);
-  bool mask = drops(a, run); /* stands between dT A and dx */
+  bool mask = esp_drops(a, run); /* stands between dT A and dx */
   if (mask) d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
   run->be->ops->matmul(run->be, d, tg->dt, false, stacked, false, 1.0f, mask ? 0.0f : 1.0f);
-  if (mask) drop_into(a, run, g, dx, d, 1.0f);
+  if (mask) esp_dropout(a, run, g, dx, d, 1.0f);
   esp_stack_release(run->stack, mark);
 }
 

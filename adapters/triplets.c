@@ -9,7 +9,6 @@
 #include <string.h>
 
 #include "adapters/triplets.h"
-#include "core/rng.h"
 
 static esp_triplet_site *site_of(const esp_adapter *a, const esp_site *s) {
   return a->site_state[s->index];
@@ -134,21 +133,6 @@ void esp_triplets_resized(esp_adapter *a) {
 
 /* ---- the step ---- */
 
-static bool drops(const esp_adapter *a, const esp_run *run) {
-  return run->train && a->trainable && a->cfg.dropout > 0;
-}
-
-static uint64_t stream_of(const esp_adapter *a, const esp_run *run, const esp_group *g) {
-  return esp_rng_stream(ESP_RNG_DROPOUT, (uint64_t)run->part, (uint64_t)g->index,
-                        esp_rng_stream_name(ESP_RNG_DROPOUT, a->name));
-}
-
-static esp_tensor dropped(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor x) {
-  esp_tensor y = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), esp_tensor_cols(&x));
-  run->be->ops->dropout(run->be, y, x, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 0.0f);
-  return y;
-}
-
 /* Ranks that are added during a run widen T and U by as many columns in all, wherever they go. A plan has that room
  * at the first group, whose T lives longest, and outside of blocks, where a recomputed block does not lie beside it. */
 static int64_t room_for(const esp_adapter *a, const esp_run *run, const esp_group *g, bool forward) {
@@ -177,7 +161,7 @@ int esp_triplets_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x,
   tg->t = esp_stack_tensor(run->stack, run->compute, rows, tg->width);
   tg->u = esp_stack_tensor(run->stack, run->compute, rows, tg->width);
   int64_t mark = esp_stack_mark(run->stack);
-  esp_tensor xd = drops(a, run) ? dropped(a, run, g, x) : x;
+  esp_tensor xd = esp_dropped(a, run, g, x);
   ops->matmul(run->be, tg->t, xd, false, esp_params_stacked(a->params, tg->first_a, tg->n, 0), true, 1.0f, 0.0f);
   esp_stack_release(run->stack, mark);
   esp_tensor e = vector(esp_params_stacked(a->params, tg->first_e, tg->n, 1));
@@ -254,11 +238,11 @@ int esp_triplets_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tenso
   ops->mul_cols(run->be, tg->dt, tg->dt, tg->ec);
   if (a->trainable) {
     int64_t mark = esp_stack_mark(run->stack);
-    esp_tensor xd = drops(a, run) ? dropped(a, run, g, x) : x;
+    esp_tensor xd = esp_dropped(a, run, g, x);
     ops->matmul(run->be, esp_params_stacked(a->params, tg->first_a, tg->n, 2), tg->dt, true, xd, false, 1.0f, 1.0f);
     esp_stack_release(run->stack, mark);
   }
-  tg->late_bwd = max < 1 || drops(a, run);
+  tg->late_bwd = max < 1 || esp_drops(a, run);
   if (tg->late_bwd) return 0;
   tails[0] = (esp_tail){0, tg->dt, esp_params_stacked(a->params, tg->first_a, tg->n, 0)};
   return 1;
@@ -269,14 +253,14 @@ void esp_triplets_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tens
   if (!tg || tg->width == 0 || !tg->late_bwd || !dx.data) return;
   const esp_backend_ops *ops = run->be->ops;
   esp_tensor stacked = esp_params_stacked(a->params, tg->first_a, tg->n, 0);
-  if (!drops(a, run)) {
+  if (!esp_drops(a, run)) {
     ops->matmul(run->be, dx, tg->dt, false, stacked, false, 1.0f, 1.0f);
     return;
   }
   int64_t mark = esp_stack_mark(run->stack);
   esp_tensor d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
   ops->matmul(run->be, d, tg->dt, false, stacked, false, 1.0f, 0.0f);
-  ops->dropout(run->be, dx, d, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 1.0f);
+  esp_dropout(a, run, g, dx, d, 1.0f);
   esp_stack_release(run->stack, mark);
 }
 

@@ -14,7 +14,6 @@
 #include <string.h>
 
 #include "adapters/internal.h"
-#include "core/rng.h"
 #include "io/json.h"
 
 typedef struct vera_site {
@@ -155,15 +154,6 @@ static esp_status vera_init(esp_adapter *a, esp_site *s) {
 
 /* ---- the step ---- */
 
-static bool drops(const esp_adapter *a, const esp_run *run) {
-  return run->train && a->trainable && a->cfg.dropout > 0;
-}
-
-static uint64_t stream_of(const esp_adapter *a, const esp_run *run, const esp_group *g) {
-  return esp_rng_stream(ESP_RNG_DROPOUT, (uint64_t)run->part, (uint64_t)g->index,
-                        esp_rng_stream_name(ESP_RNG_DROPOUT, a->name));
-}
-
 static esp_tensor corner_a(const esp_adapter *a, const esp_group *g) { /* [r, in] */
   esp_tensor all = esp_param_shadow(a->params, ((const vera_shared *)a->impl)->a);
   return esp_tensor_cols_view(&all, 0, g->in);
@@ -206,19 +196,13 @@ static int parts(const esp_group *g, const vera_group *vg, int i, int64_t *at, i
   return together(g, vg) ? 1 : vg->n;
 }
 
-static esp_tensor dropped(esp_adapter *a, esp_run *run, const esp_group *g, esp_tensor x) {
-  esp_tensor y = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), esp_tensor_cols(&x));
-  run->be->ops->dropout(run->be, y, x, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 0.0f);
-  return y;
-}
-
 static int vera_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot) {
   vera_group *vg = a->group_state[g->index];
   if (!vg) return 0;
   int64_t at, n;
   vg->u = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), a->cfg.r);
   int64_t mark = esp_stack_mark(run->stack);
-  esp_tensor xd = drops(a, run) ? dropped(a, run, g, x) : x;
+  esp_tensor xd = esp_dropped(a, run, g, x);
   run->be->ops->matmul(run->be, vg->u, xd, false, corner_a(a, g), true, 1.0f, 0.0f);
   esp_stack_release(run->stack, mark);
   esp_tensor e = make_e(a, run, g, vg);
@@ -273,7 +257,7 @@ static int vera_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor
                          false, 1.0f, i ? 1.0f : 0.0f);
   }
   if (a->trainable) gradients(a, run, g, vg, dy);
-  vg->late_bwd = max < 1 || drops(a, run); /* the mask stands between du A and dx */
+  vg->late_bwd = max < 1 || esp_drops(a, run); /* the mask stands between du A and dx */
   if (vg->late_bwd) return 0;
   tails[0] = (esp_tail){0, vg->du, corner_a(a, g)};
   return 1;
@@ -284,12 +268,12 @@ static void vera_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tenso
   if (!vg || !vg->late_bwd || !dx.data) return;
   const esp_backend_ops *ops = run->be->ops;
   int64_t mark = esp_stack_mark(run->stack);
-  if (!drops(a, run))
+  if (!esp_drops(a, run))
     ops->matmul(run->be, dx, vg->du, false, corner_a(a, g), false, 1.0f, 1.0f);
   else {
     esp_tensor d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
     ops->matmul(run->be, d, vg->du, false, corner_a(a, g), false, 1.0f, 0.0f);
-    ops->dropout(run->be, dx, d, (float)a->cfg.dropout, run->seed, run->draw, stream_of(a, run, g), 1.0f);
+    esp_dropout(a, run, g, dx, d, 1.0f);
   }
   esp_stack_release(run->stack, mark);
 }
