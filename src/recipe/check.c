@@ -1,7 +1,9 @@
 /* check.c: rules between keys, once every value is in its place. */
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
+#include "core/strbuf.h"
 #include "recipe/bind.h"
 #include "text/template.h"
 
@@ -60,11 +62,51 @@ static void check_device(esp_binder *b, const esp_node *root) {
                  "parallel.device: '%.40s' is not one of auto, cpu, cuda, cuda:N (N a number)", d);
 }
 
+static bool has_word(const char *words, const char *w) {
+  size_t n = strlen(w);
+  for (const char *p = words; (p = strstr(p, w)) != NULL; p += n)
+    if ((p == words || p[-1] == ' ') && (p[n] == ' ' || !p[n])) return true;
+  return false;
+}
+
+static bool reads(const char *type, const char *of) {
+  const esp_adapter_kind *kind = type ? esp_adapter_find(type) : NULL;
+  return !kind || has_word(of, kind->name);
+}
+
+/* A key that the kind would not read is refused where it says anything but the default: a resolved recipe, which names
+ * every key, can be read again. In the recipe's own section it may be meant for a task of another kind. */
+static void check_foreign(esp_binder *b, const esp_node *map, const char *prefix, const esp_adapter_cfg *adapter) {
+  const esp_object *o = esp_schema_find(&esp_schema_root, "adapter")->object;
+  const esp_node *section = esp_node_get(map, "adapter", NULL);
+  const esp_recipe *r = b->recipe;
+  for (int i = 0; section && section->kind == ESP_NODE_MAP && i < section->n; i++) {
+    const esp_key *k = section->keys[i]->text ? esp_schema_find(o, section->keys[i]->text) : NULL;
+    bool read = !k || !k->of || reads(adapter->type, k->of);
+    for (int t = 0; t < r->n_tasks && !read && !*prefix; t++) read = reads(r->tasks[t].adapter.type, k->of);
+    if (read) continue;
+    esp_recipe *plain = esp_bind_alloc(b, sizeof *plain);
+    esp_strbuf given, usual;
+    esp_strbuf_init(&given);
+    esp_strbuf_init(&usual);
+    if (plain && esp_value_default(b, k, plain)) {
+      esp_value_render(r, k, (const char *)adapter - offsetof(esp_recipe, adapter), true, &given);
+      esp_value_render(plain, k, plain, true, &usual);
+      if (!given.failed && !usual.failed && strcmp(given.data, usual.data))
+        esp_bind_error(b, section->keys[i], "%sadapter.%s: is read by %s, not by %s", prefix, k->name, k->of,
+                       adapter->type);
+    }
+    esp_strbuf_deinit(&given);
+    esp_strbuf_deinit(&usual);
+  }
+}
+
 static void check_sections(esp_binder *b, const esp_node *map, const char *prefix, const esp_data_cfg *data,
                            const esp_optim_cfg *optim, const esp_adapter_cfg *adapter) {
   char path[64];
   snprintf(path, sizeof path, "%sdata", prefix);
   check_template(b, node_at(map, "data", "chat_template"), path, data->chat_template);
+  check_foreign(b, map, prefix, adapter);
   if (optim->nesterov && optim->momentum == 0)
     esp_bind_error(b, node_at(map, "optim", "nesterov"), "%soptim.nesterov: needs momentum above 0", prefix);
   if (adapter->layers_pattern && !adapter->n_layers)

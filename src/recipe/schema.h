@@ -64,6 +64,7 @@ typedef struct esp_key {
   double word_value;
   const esp_object *object;
   const char *aliases; /* accepted spellings of other trainers, separated by blanks */
+  const char *of;      /* adapter kinds that read it, separated by blanks; NULL: all */
   const char *help;
 } esp_key;
 

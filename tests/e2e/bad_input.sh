@@ -222,6 +222,8 @@ bad "slabs of the output head" 2 "adapter.target: lm_head has neither heads nor 
 bad "a mask of more than half" 2 "adapter.sparse_density: (expected|must|.*0.5)" $no run r.yaml adapter.type=fish adapter.sparse_density=0.9
 bad "an unknown mask" 2 "adapter.sparse_mask: 'fisher' is not one of data, random" $no run r.yaml adapter.type=spu adapter.sparse_mask=fisher
 bad "a sparse update of an embedding" 2 "adapter.target: .*embed_tokens is a embedding, which spu cannot attach to|which spu cannot attach to" $no run r.yaml adapter.type=spu 'adapter.target=[embed_tokens]'
+bad "a key of another kind" 2 "adapter.s2ft_heads: is read by s2ft, not by lora" $no run r.yaml adapter.s2ft_heads=2
+bad "a key of another kind in a task" 2 "tasks\[0\].adapter.mora_type: is read by mora, not by lora" $no run r.yaml 'tasks[0].adapter.mora_type=rotation'
 bad "slabs with dropout" 2 "adapter.dropout: s2ft has none" $no run r.yaml adapter.type=s2ft adapter.dropout=0.1
 bad "more ranks at the end than at the start" 2 "adapter.target_r: 9 is above the starting rank, adapter.r 4" $no run r.yaml adapter.type=adalora adapter.r=4 adapter.target_r=9
 bad "no step to move ranks" 2 "adapter.tinit, adapter.tfinal: leave no step" $no run r.yaml adapter.type=adalora adapter.target_r=2 adapter.tinit=60% adapter.tfinal=50%
