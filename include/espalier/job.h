@@ -33,6 +33,11 @@ ESP_API char *esp_job_resolved(const esp_job *job);
  * per counted fact. */
 ESP_API esp_status esp_job_check(esp_job *job, char **facts);
 ESP_API esp_status esp_job_plan(esp_job *job, esp_plan **out);
+typedef enum esp_found { ESP_FOUND_NONE, ESP_FOUND_UNFINISHED, ESP_FOUND_FINISHED } esp_found;
+/* Whether the job's output directory holds its run already; the run of another recipe is ESP_ERR_RECIPE. */
+ESP_API esp_status esp_job_found(const esp_job *job, esp_found *found);
+ESP_API uint64_t esp_job_seed(const esp_job *job);
+
 /* Both may be called by every rank of an MPI job. `result` may be NULL. */
 ESP_API esp_status esp_job_run(esp_job *job, const esp_run_options *options, esp_run_result *result);
 ESP_API esp_status esp_job_resume(esp_job *job, const esp_run_options *options, esp_run_result *result);

@@ -67,6 +67,16 @@ ESP_API esp_status esp_inspect(const char *path, int json, char **text);
 ESP_API esp_status esp_run_matrix(const char *run_dir, int json, char **text);
 /* A self-contained HTML page; out NULL: <run_dir>/report.html. */
 ESP_API esp_status esp_run_report(const char *run_dir, const char *out);
+
+/* Runs side by side: variants of a recipe over orders of tasks and seeds. */
+typedef struct esp_run_place {
+  const char *dir, *variant, *order; /* variant NULL: the directory; order NULL: the only one */
+  int64_t seed;
+} esp_run_place;
+/* Mean, spread and paired differences to the first variant, from the runs that have finished: as a table or as JSON.
+ * With `dir`, sweep.json and sweep.md are written there. */
+ESP_API esp_status esp_runs_compare(const esp_run_place *runs, int n, const char *dir, int json, char **text);
+
 /* What this machine offers and what is used of it; calibrate: measures its matmul and memory ceilings. */
 ESP_API esp_status esp_doctor(int calibrate, int json, char **text);
 /* The recipe's schema: "text", "json" or "markdown". NULL on failure. */

@@ -47,7 +47,7 @@ typedef struct cli_verb {
 #define CLI_OPTIONS(a) (a), (int)(sizeof(a) / sizeof((a)[0]))
 
 extern const cli_verb cli_run, cli_resume, cli_plan, cli_check, cli_data, cli_eval, cli_generate, cli_merge,
-    cli_extract, cli_export, cli_inspect, cli_matrix, cli_report, cli_schema, cli_doctor, cli_init, cli_help;
+    cli_extract, cli_export, cli_inspect, cli_matrix, cli_report, cli_sweep, cli_schema, cli_doctor, cli_init, cli_help;
 extern const cli_verb *const cli_verbs[];
 extern const int cli_n_verbs;
 const cli_verb *cli_find_verb(const char *name); /* by name or alias */

@@ -7,7 +7,7 @@
 
 const cli_verb *const cli_verbs[] = {&cli_run,      &cli_resume, &cli_plan,    &cli_check,  &cli_data,    &cli_eval,
                                      &cli_generate, &cli_merge,  &cli_extract, &cli_export, &cli_inspect, &cli_matrix,
-                                     &cli_report,   &cli_schema, &cli_doctor,  &cli_init,   &cli_help};
+                                     &cli_report,   &cli_sweep,  &cli_schema,  &cli_doctor, &cli_init,    &cli_help};
 const int cli_n_verbs = (int)(sizeof cli_verbs / sizeof *cli_verbs);
 
 const cli_verb *cli_find_verb(const char *name) {

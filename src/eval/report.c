@@ -9,91 +9,8 @@
 #include "core/mem.h"
 #include "core/strbuf.h"
 #include "eval/report_norms.h"
+#include "eval/run_data.h"
 #include "io/file.h"
-#include "io/json.h"
-#include "tasks/matrix.h"
-
-/* ---- metrics.jsonl ---- */
-
-typedef struct series {    /* one value per optimizer step */
-  double *step, *value[3]; /* loss, lr, grad_norm */
-  int64_t n, cap;
-  struct {
-    double step;
-    char name[ESP_MATRIX_NAME];
-  } switches[256];
-  int n_switches;
-  double tokens_per_second, seconds, memory;
-} series;
-
-static const char *const value_key[3] = {"loss", "lr", "grad_norm"};
-
-static void series_deinit(series *s) {
-  esp_mem_free(s->step);
-  for (int k = 0; k < 3; k++) esp_mem_free(s->value[k]);
-}
-
-static esp_status series_grow(series *s) {
-  if (s->n < s->cap) return ESP_OK;
-  int64_t cap = s->cap ? 2 * s->cap : 1024;
-  double **arrays[] = {&s->step, &s->value[0], &s->value[1], &s->value[2]};
-  for (int k = 0; k < 4; k++) {
-    double *p = esp_mem_realloc(ESP_MEM_HOST, *arrays[k], (size_t)cap * sizeof *p);
-    if (!p) return ESP_ERR_MEMORY;
-    *arrays[k] = p;
-  }
-  s->cap = cap;
-  return ESP_OK;
-}
-
-static double number(const json_t *row, const char *key) {
-  const json_t *v = json_object_get(row, key);
-  return json_is_number(v) ? json_number_value(v) : NAN;
-}
-
-static esp_status series_add(series *s, const json_t *row) {
-  if (isnan(number(row, "loss")) || isnan(number(row, "step"))) return ESP_OK; /* an evaluation or a note */
-  ESP_TRY(series_grow(s));
-  s->step[s->n] = number(row, "step");
-  for (int k = 0; k < 3; k++) s->value[k][s->n] = number(row, value_key[k]);
-  const char *task = json_string_value(json_object_get(row, "task"));
-  if (task && s->n_switches < 256 && (s->n_switches == 0 || strcmp(s->switches[s->n_switches - 1].name, task) != 0)) {
-    s->switches[s->n_switches].step = s->step[s->n];
-    snprintf(s->switches[s->n_switches++].name, ESP_MATRIX_NAME, "%s", task);
-  }
-  double speed = number(row, "tokens_per_second"), seconds = number(row, "seconds");
-  double memory = number(row, "memory_peak");
-  if (!isnan(speed)) s->tokens_per_second += speed;
-  if (!isnan(seconds)) s->seconds += seconds;
-  if (memory > s->memory) s->memory = memory;
-  s->n++;
-  return ESP_OK;
-}
-
-static esp_status series_read(const char *path, series *s) {
-  esp_status st;
-  char *text = NULL;
-  size_t n;
-  ESP_GOTO(esp_file_read(path, &text, &n));
-  int line = 1;
-  for (char *p = text; *p; line++) {
-    char *end = strchr(p, '\n');
-    size_t len = end ? (size_t)(end - p) : strlen(p);
-    json_t *row = NULL;
-    char place[PATH_MAX + 16];
-    snprintf(place, sizeof place, "%s:%d", path, line);
-    if (len > 0) {
-      ESP_GOTO(esp_json_parse(p, len, place, &row));
-      st = series_add(s, row);
-      json_decref(row);
-      if (st != ESP_OK) goto out;
-    }
-    p += len + (end ? 1 : 0);
-  }
-out:
-  esp_mem_free(text);
-  return st;
-}
 
 /* ---- pieces of the page ---- */
 
@@ -207,8 +124,8 @@ static double grid_step(double range) {
   return (f < 1.5 ? 1 : f < 3.5 ? 2 : f < 7.5 ? 5 : 10) * p;
 }
 
-static void polyline(esp_strbuf *b, const series *s, const double *v, const char *cls, double x0, double x1, double lo,
-                     double hi, int64_t smooth) {
+static void polyline(esp_strbuf *b, const esp_run_data *s, const double *v, const char *cls, double x0, double x1,
+                     double lo, double hi, int64_t smooth) {
   esp_strbuf_printf(b, "<polyline class=\"%s\" points=\"", cls);
   int64_t stride = s->n > 1600 ? s->n / 800 : 1;
   for (int64_t i = 0; i < s->n; i += stride) {
@@ -222,7 +139,7 @@ static void polyline(esp_strbuf *b, const series *s, const double *v, const char
   esp_strbuf_puts(b, "\"/>");
 }
 
-static void chart(esp_strbuf *b, const series *s, int which, const char *caption) {
+static void chart(esp_strbuf *b, const esp_run_data *s, int which, const char *caption) {
   const double *v = s->value[which];
   double lo = INFINITY, hi = -INFINITY, x0 = s->step[0], x1 = s->step[s->n - 1];
   for (int64_t i = 0; i < s->n; i++) {
@@ -282,7 +199,7 @@ static void norms_chart(esp_strbuf *b, const char *run_dir) {
   esp_layer_norms_deinit(&norms);
 }
 
-static void facts(esp_strbuf *b, const series *s, const esp_matrix *m) {
+static void facts(esp_strbuf *b, const esp_run_data *s, const esp_matrix *m) {
   char v[48];
   esp_strbuf_puts(b, "<div class=facts>");
   snprintf(v, sizeof v, "%lld", (long long)s->n);
@@ -292,7 +209,7 @@ static void facts(esp_strbuf *b, const series *s, const esp_matrix *m) {
     fact(b, "last loss", v);
   }
   if (s->tokens_per_second > 0) {
-    snprintf(v, sizeof v, "%.0f", s->tokens_per_second / (double)s->n);
+    snprintf(v, sizeof v, "%.0f", s->tokens_per_second);
     fact(b, "tokens per second", v);
   }
   if (s->seconds > 0) {
@@ -326,13 +243,12 @@ static const char *last_part(const char *path, char *buf, size_t n) {
 
 esp_status esp_report_write(const char *run_dir, const char *out) {
   esp_status st;
-  series s = {0};
-  esp_matrix *m = NULL;
+  esp_run_data s;
   esp_strbuf b;
   char path[PATH_MAX], name[PATH_MAX];
   esp_strbuf_init(&b);
-  ESP_GOTO(series_read(esp_path_join(path, sizeof path, run_dir, "metrics.jsonl"), &s));
-  if (esp_file_exists(esp_path_join(path, sizeof path, run_dir, "matrix.json"))) ESP_GOTO(esp_matrix_load(path, &m));
+  ESP_GOTO(esp_run_data_read(run_dir, &s));
+  const esp_matrix *m = s.matrix;
   esp_strbuf_puts(&b, "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport "
                       "content=\"width=device-width,initial-scale=1\"><title>");
   text(&b, last_part(run_dir, name, sizeof name));
@@ -367,7 +283,6 @@ esp_status esp_report_write(const char *run_dir, const char *out) {
   st = esp_file_write_atomic(out ? out : esp_path_join(path, sizeof path, run_dir, "report.html"), b.data, b.len);
 out:
   esp_strbuf_deinit(&b);
-  esp_matrix_destroy(m);
-  series_deinit(&s);
+  esp_run_data_deinit(&s);
   return st;
 }

@@ -60,6 +60,7 @@ esp_status esp_recipe_parse(const char *yaml, size_t n, const char *path, const 
     if (st != ESP_OK) goto out;
   }
   if (readable) { /* else the syntax error is all there is to say */
+    esp_order_apply(&b, root);
     esp_bind_recipe(&b, root);
     if (!b.oom) esp_check_recipe(&b, root);
   }

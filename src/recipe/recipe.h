@@ -104,6 +104,8 @@ typedef struct esp_recipe {
   } eval;
   struct {
     esp_adapter_policy policy;
+    const char *const *order; /* names of tasks; `tasks` stands in this order already */
+    int n_order;
     bool baseline;        /* row 0 of the matrix: the untouched base */
     bool reset_optimizer; /* at a new task */
   } continual;

@@ -294,6 +294,8 @@ static const esp_key continual_keys[] = {
      WORDS("continue", "new_per_task", "merge_then_new"), .aliases = "adapter_policy",
      .help =
          "what the next task trains: the same adapter, a new one, or a new one on the base with the last merged in"},
+    {"order", ESP_T_STRINGS, LIST(continual.order, continual.n_order), .def = "[]", .flags = ESP_K_NOHASH,
+     .help = "names of tasks: only these are trained, in this order; empty: all, as they stand"},
     {"baseline", ESP_T_BOOL, AT(continual.baseline), .def = "true", .flags = ESP_K_NOHASH,
      .help = "row 0 of the matrix: the untouched base; needed for forward transfer"},
     {"reset_optimizer", ESP_T_BOOL, AT(continual.reset_optimizer), .def = "true",

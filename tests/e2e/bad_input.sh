@@ -277,6 +277,15 @@ bad "plan does not fit" 4 "memory.limit is 4096" $no plan r.yaml memory.limit=4K
 bad "resume where no run is" 3 "empty.*" $no resume empty
 bad "matrix where no run is" 3 "empty.*" $no matrix empty
 bad "report where no run is" 3 "empty.*" $no report empty
+bad "sweep without a folder" 2 "--out DIR is missing" $no sweep r.yaml
+bad "sweep over a key that is none" 2 "unknown key 'rr'" $no sweep r.yaml --out out --set 'adapter.rr=1|2'
+bad "sweep over a value that is none" 2 "--set: expected KEY=VALUE, got 'a'" $no sweep r.yaml --out out --set 'a|b'
+bad "sweep over the same value twice" 2 "stands twice" $no sweep r.yaml --out out --set 'seed=1|seed=1'
+bad "sweep over seeds that are none" 2 "--seeds: expected integers with commas, got 'x'" $no sweep r.yaml --out out --seeds 1,x
+bad "sweep over an order of other tasks" 2 "no task is named 'zz'" $no sweep r.yaml --out out --order a,zz
+bad "sweep over two recipes of one name" 2 "two recipes are called 'r'" "cp r.yaml empty/r.yaml" sweep r.yaml empty/r.yaml --out out
+bad "sweep into a file" 3 "a.jsonl" $no sweep r.yaml --out a.jsonl/x
+bad "order with a task twice" 2 "continual.order: 'a' stands twice" $no run r.yaml 'continual.order=[a, a]'
 bad "inspect nothing" 3 "nothere" $no inspect nothere
 bad "resume of another recipe" 2 "recipe" "edit 's/^  lr: .*/  lr: 0.5/' run/recipe.yaml" resume run
 bad "unknown instruction set" 5 "ESPALIER_ISA=vax" "export ESPALIER_ISA=vax" run r.yaml

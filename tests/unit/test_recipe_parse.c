@@ -1,6 +1,6 @@
 /* Recipes: errors with their place, all in one pass; overrides; origins; the resolved form; the hash.
  * Mutation seen to be caught: leaving out the memcpy of sections into tasks (bind_list) fails test_tasks; hashing paths
- * whole instead of by their last part fails test_hash. */
+ * whole instead of by their last part fails test_hash; an order that keeps the file's fails test_order. */
 #include <glob.h>
 #include <math.h>
 #include <setjmp.h>
@@ -315,6 +315,43 @@ static void test_hash(void **state) {
   }
 }
 
+/* continual.order: the tasks stand in that order (or only some of them), each with what the file says of it; the hash
+ * is that of the recipe that lists them so; the resolved form can be read again. */
+static void test_order(void **state) {
+  (void)state;
+  static const char three[] = "model: {base_model: base}\n"
+                              "tasks:\n"
+                              "  - {name: a, data: [{path: a.jsonl}]}\n"
+                              "  - {name: b, data: [{path: b.jsonl}], train: {epochs: 2}}\n"
+                              "  - {name: c, data: [{path: c.jsonl}]}\n";
+  static const char turned[] = "model: {base_model: base}\n"
+                               "tasks:\n"
+                               "  - {name: c, data: [{path: c.jsonl}]}\n"
+                               "  - {name: b, data: [{path: b.jsonl}], train: {epochs: 2}}\n";
+  static const char *const order[] = {"tasks[b].train.epochs=3", "continual.order=[c, b]", "tasks[b].train.epochs=2"};
+  char one[33], other[33];
+  esp_recipe *r = parse(three, order, 3), *again = NULL;
+  assert_int_equal(r->n_tasks, 2);
+  assert_string_equal(r->tasks[0].name, "c");
+  assert_string_equal(r->tasks[1].name, "b");
+  assert_true(r->tasks[1].train.epochs == 2);
+  assert_true(r->tasks[0].train.epochs == 1);
+  esp_recipe_hash(r, one);
+  hash_of(turned, "r.yaml", NULL, other);
+  assert_string_equal(one, other);
+  char *text = esp_recipe_resolved(r);
+  assert_int_equal(esp_recipe_parse(text, strlen(text), "/elsewhere/recipe.yaml", NULL, 0, &again), ESP_OK);
+  esp_recipe_hash(again, other);
+  assert_string_equal(one, other);
+  esp_mem_free(text);
+  esp_recipe_destroy(r);
+  esp_recipe_destroy(again);
+  expect_message(three, "continual.order=[a, bb]",
+                 "override 'continual.order=[a, bb]': continual.order: no task is named 'bb'");
+  expect_message(three, "continual.order=[a, b, a]",
+                 "override 'continual.order=[a, b, a]': continual.order: 'a' stands twice");
+}
+
 static void test_schema(void **state) {
   (void)state;
   static const char *const formats[] = {"text", "json", "markdown"};
@@ -380,6 +417,7 @@ int main(void) {
       cmocka_unit_test(test_tasks),
       cmocka_unit_test(test_overrides),
       cmocka_unit_test(test_hash),
+      cmocka_unit_test(test_order),
       cmocka_unit_test(test_schema),
       cmocka_unit_test(test_examples),
   };

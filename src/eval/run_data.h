@@ -1,0 +1,41 @@
+/* run_data.h: what a run directory holds, read back: metrics.jsonl as curves over steps, matrix.json, result.json. */
+#ifndef ESP_EVAL_RUN_DATA_H
+#define ESP_EVAL_RUN_DATA_H
+
+#include "io/json.h"
+#include "tasks/matrix.h"
+
+enum { ESP_RUN_LOSS, ESP_RUN_LR, ESP_RUN_GRAD_NORM, ESP_RUN_SECONDS, ESP_RUN_VALUES };
+
+typedef struct esp_run_curve { /* one evaluation set under one metric, in the order of the steps */
+  char set[ESP_MATRIX_NAME], metric[ESP_MATRIX_NAME];
+  double *step, *score;
+  int64_t n, cap;
+} esp_run_curve;
+
+typedef struct esp_run_switch { /* the first step of a task */
+  double step;
+  char name[ESP_MATRIX_NAME];
+} esp_run_switch;
+
+typedef struct esp_run_data {
+  double *step, *value[ESP_RUN_VALUES]; /* one value per optimizer step */
+  int64_t n, cap;
+  esp_run_switch *switches;
+  int n_switches;
+  esp_run_curve *curves;
+  int n_curves;
+  double seconds, tokens_per_second, memory; /* of all steps; mean; largest */
+  esp_matrix *matrix;                        /* NULL: the run has none */
+  json_t *result;                            /* NULL: the run has not finished */
+} esp_run_data;
+
+/* ESP_ERR_DATA with file and line when one of the files cannot be read; only metrics.jsonl must be there. */
+esp_status esp_run_data_read(const char *run_dir, esp_run_data *out);
+void esp_run_data_deinit(esp_run_data *d);
+/* NaN when there is no step. The median: a step beside a checkpoint or an evaluation does not count. */
+double esp_run_data_step_seconds(const esp_run_data *d);
+/* A number of result.json, NaN when it has none; "a.b" is b inside a. */
+double esp_run_data_result(const esp_run_data *d, const char *key);
+
+#endif
