@@ -29,4 +29,4 @@ static esp_status merge(void *ctx, const char *base, const char *adapter, const 
   return esp_merge_write(&spec, &stats);
 }
 
-const esp_train_hooks esp_api_hooks = {NULL, score, esp_metric_name, esp_metric_smaller_better, merge};
+const esp_train_hooks esp_api_hooks = {NULL, score, esp_metric_name, esp_metric_smaller_better, NULL, merge};

@@ -193,7 +193,7 @@ static esp_status pack(esp_session *s, const esp_example *list, int n, packed *p
     real += list[i].n;
   }
   if (n < 1) return esp_fail(ESP_ERR_DATA, "the batch is empty");
-  int64_t T = esp_train_pad(real);
+  int64_t T = esp_sequence_round(real);
   p->ids = esp_mem_alloc(ESP_MEM_DATA, (size_t)T * 3 * sizeof(int32_t));
   p->weights = esp_mem_alloc(ESP_MEM_DATA, (size_t)T * sizeof(float));
   p->cu = esp_mem_alloc(ESP_MEM_DATA, (size_t)(n + 2) * sizeof(int32_t));
@@ -219,7 +219,13 @@ static esp_status pack(esp_session *s, const esp_example *list, int n, packed *p
   }
   for (int64_t k = at; k < T; k++) p->positions[k] = (int32_t)(k - at); /* a tail that nobody trains on */
   if (T > at) p->cu[n + 1] = (int32_t)T;
-  p->batch = (esp_batch){T, p->ids, p->targets, p->positions, p->weights, p->cu, T > at ? n + 1 : n, NULL};
+  p->batch = (esp_batch){.tokens = T,
+                         .ids = p->ids,
+                         .targets = p->targets,
+                         .positions = p->positions,
+                         .weights = p->weights,
+                         .cu_seqlens = p->cu,
+                         .n_seqs = T > at ? n + 1 : n};
   if (!(p->weight > 0)) return esp_fail(ESP_ERR_DATA, "the batch has no trained token");
   return ESP_OK;
 }

@@ -48,8 +48,8 @@ static _Atomic int64_t now_bytes[ESP_MEM_KINDS], peak_bytes[ESP_MEM_KINDS];
 static _Atomic int64_t now_total, peak_total, now_device, peak_device;
 
 const char *esp_mem_kind_name(esp_mem_kind kind) {
-  static const char *const names[ESP_MEM_KINDS] = {"weights",   "params", "optim", "activations",
-                                                   "workspace", "data",   "host"};
+  static const char *const names[ESP_MEM_KINDS] = {"weights",   "params",   "optim", "activations",
+                                                   "workspace", "strategy", "data",  "host"};
   return (unsigned)kind < ESP_MEM_KINDS ? names[kind] : "unknown";
 }
 

@@ -15,6 +15,7 @@ typedef enum esp_mem_kind {
   ESP_MEM_OPTIM,       /* optimizer state */
   ESP_MEM_ACTIVATIONS, /* the activation stack */
   ESP_MEM_WORKSPACE,   /* scratch of operations */
+  ESP_MEM_STRATEGY,    /* what strategies against forgetting remember */
   ESP_MEM_DATA,        /* tokens, tokenizer, datasets */
   ESP_MEM_HOST,        /* everything else */
   ESP_MEM_KINDS

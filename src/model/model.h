@@ -73,6 +73,7 @@ typedef struct esp_batch {                  /* token rows of one micro-batch, HO
   const int32_t *cu_seqlens;                /* [n_seqs+1] */
   int n_seqs;
   const int32_t *adapters; /* [n_seqs] the one active adapter of each sequence, -1: none. NULL: all, on every row */
+  const struct esp_teach *teach; /* NULL: the labels alone */
 } esp_batch;
 
 typedef struct esp_run { /* what every part needs while a step runs */

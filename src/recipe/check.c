@@ -167,9 +167,24 @@ static void place_outputs(esp_binder *b) {
   }
 }
 
+/* Strategies against forgetting: their own rules, and those with the adapter and the policy. */
+static void check_strategies(esp_binder *b, const esp_node *root) {
+  const esp_recipe *r = b->recipe;
+  const esp_strategy_cfg *c = &r->continual.strategy;
+  bool moves = false, one = r->continual.policy == ESP_POLICY_CONTINUE || r->n_tasks == 1;
+  for (int i = 0; i < r->n_tasks; i++) {
+    const esp_adapter_kind *kind = r->tasks[i].adapter.type ? esp_adapter_find(r->tasks[i].adapter.type) : NULL;
+    moves |= kind && kind->resized;
+  }
+  if (esp_strategies_check(c, r->n_tasks, moves, one) != ESP_OK)
+    esp_bind_error(b, node_at(root, "continual", "strategy"), "%s", esp_error_message());
+  esp_error_clear();
+}
+
 void esp_check_recipe(esp_binder *b, const esp_node *root) {
   esp_recipe *r = b->recipe;
   check_names(b, root);
+  check_strategies(b, root);
   check_device(b, root);
   check_keep_best(b, root);
   check_sections(b, root, "", &r->data, &r->optim, &r->adapter);

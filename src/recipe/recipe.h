@@ -7,6 +7,7 @@
 #include "adapters/adapter.h"
 #include "core/arena.h"
 #include "optim/optim.h"
+#include "tasks/strategy.h"
 #include "text/dataset.h"
 
 typedef struct esp_recipe_model {
@@ -108,6 +109,7 @@ typedef struct esp_recipe {
     int n_order;
     bool baseline;        /* row 0 of the matrix: the untouched base */
     bool reset_optimizer; /* at a new task */
+    esp_strategy_cfg strategy;
   } continual;
   esp_recipe_task *tasks;
   int n_tasks;

@@ -1,19 +1,9 @@
 /* schema.c: the table itself. */
-#include "recipe/schema.h"
+#include "recipe/schema_rows.h"
 
 #include <string.h>
 
 #include "text/template.h"
-
-#define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
-#define AT(field) .offset = offsetof(esp_recipe, field)
-#define LIST(field, counter) .offset = offsetof(esp_recipe, field), .count_offset = offsetof(esp_recipe, counter)
-#define WORDS(...)                                                                                                     \
-  .words = (const char *const[]) {                                                                                     \
-    __VA_ARGS__, NULL                                                                                                  \
-  }
-#define RANGE(lo, hi) .min = (lo), .max = (hi)
-#define BIG 9007199254740992.0 /* 2^53: every integer below is a double */
 
 static const int dtype_values[] = {ESP_BF16, ESP_F32};
 
@@ -300,9 +290,12 @@ static const esp_key continual_keys[] = {
      .help = "row 0 of the matrix: the untouched base; needed for forward transfer"},
     {"reset_optimizer", ESP_T_BOOL, AT(continual.reset_optimizer), .def = "true",
      .help = "optimizer state starts anew with each task"},
+    {"strategy", ESP_T_STRINGS, LIST(continual.strategy.names, continual.strategy.n), .def = "[]",
+     .flags = ESP_K_COMMON, .names = esp_strategy_names, .aliases = "strategies",
+     .help = "what is done against forgetting, one or several that act in this order"},
+    {"l2", ESP_T_OBJECT, .object = &esp_schema_l2},
 };
 
-#define SECTION_OBJECT(n, h) static const esp_object n##_object = {#n, h, n##_keys, COUNT(n##_keys), 0}
 SECTION_OBJECT(model, "The frozen base.");
 SECTION_OBJECT(adapter, "What is trained. A task may set any key again.");
 SECTION_OBJECT(data,

@@ -274,14 +274,21 @@ static bool compiles(esp_binder *b, const esp_node *n, const char *path, const c
   return false;
 }
 
-static bool get_strings(esp_binder *b, const esp_node *n, const char *path, const char *const **out, int *count) {
-  if (n->kind != ESP_NODE_LIST) return expected(b, n, path, "a list of texts");
-  const char **list = esp_bind_alloc(b, (size_t)(n->n + 1) * sizeof *list);
+/* Of words, where the key has them: then one alone needs no list. */
+static bool get_strings(esp_binder *b, const esp_key *k, const esp_node *n, const char *path, const char *const **out,
+                        int *count) {
+  int n_words, index;
+  bool words = esp_key_words(k, &n_words) != NULL, one = words && n->kind == ESP_NODE_SCALAR && !esp_node_is_null(n);
+  if (n->kind != ESP_NODE_LIST && !one) return expected(b, n, path, "a list of texts");
+  int items = one ? 1 : n->n;
+  const char **list = esp_bind_alloc(b, (size_t)(items + 1) * sizeof *list);
   if (!list) return false;
-  for (int i = 0; i < n->n; i++)
-    if (!get_string(b, n->items[i], path, &list[i])) return false;
+  for (int i = 0; i < items; i++) {
+    const esp_node *item = one ? n : n->items[i];
+    if (words ? !get_word(b, k, item, path, &index, &list[i]) : !get_string(b, item, path, &list[i])) return false;
+  }
   *out = list;
-  *count = n->n;
+  *count = items;
   return true;
 }
 
@@ -341,7 +348,7 @@ static bool get_target(esp_binder *b, const esp_key *k, const esp_node *n, const
     }
   } else {
     if (n->kind != ESP_NODE_LIST) return expected(b, n, path, "a list of names or regex:EXPRESSION");
-    if (!get_strings(b, n, path, &list, &count)) return false;
+    if (!get_strings(b, k, n, path, &list, &count)) return false;
     if (!count && !strcmp(k->name, "target")) {
       esp_bind_error(b, n, "%s: an empty list matches nothing", path);
       return false;
@@ -447,7 +454,7 @@ bool esp_value_set(esp_binder *b, const esp_key *k, const esp_node *n, const cha
     FIELD(bool) = index == 1;
     return true;
   case ESP_T_STRINGS:
-    return get_strings(b, n, path, &FIELD(const char *const *), &COUNT_FIELD);
+    return get_strings(b, k, n, path, &FIELD(const char *const *), &COUNT_FIELD);
   case ESP_T_INTS:
     return get_ints(b, k, n, path, &FIELD(const int *), &COUNT_FIELD);
   case ESP_T_PATTERNS:

@@ -95,6 +95,10 @@ typedef struct esp_rows { /* n rows concatenated as one micro-batch; arrays owne
 /* Rows first..first+n-1 (beyond the end: zero-weight rows, so that all ranks run equal steps). pad_to > 0: the token
  * count is padded up to it with one-token zero-weight sequences' tail segment so that shapes repeat. */
 esp_status esp_packs_fetch(const esp_packs *p, int64_t first, int64_t n, int64_t pad_to, esp_rows *out);
+/* The same by hand: samples one behind the other, each a sequence of its own, then one-token padding. */
+void esp_rows_clear(esp_rows *r);
+esp_status esp_rows_add(esp_rows *r, const int32_t *ids, const float *weights, int64_t n);
+esp_status esp_rows_pad(esp_rows *r, int64_t tokens);
 void esp_rows_deinit(esp_rows *r);
 /* Weight of the trained tokens of row i, without fetching it. */
 double esp_packs_row_weight(const esp_packs *p, int64_t i);

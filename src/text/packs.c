@@ -264,8 +264,16 @@ static esp_status reserve(esp_rows *r, int64_t tokens, int64_t seqs) {
   return ESP_OK;
 }
 
-static void put_sample(esp_rows *out, const int32_t *ids, const float *w, int64_t n) {
+void esp_rows_clear(esp_rows *r) {
+  r->tokens = 0;
+  r->n_seqs = 0;
+  r->weight_sum = 0;
+}
+
+esp_status esp_rows_add(esp_rows *out, const int32_t *ids, const float *w, int64_t n) {
   int64_t at = out->tokens;
+  if (at + n > INT32_MAX) return esp_fail(ESP_ERR_DATA, "a micro-batch of %lld tokens", (long long)(at + n));
+  ESP_TRY(reserve(out, at + n, out->n_seqs + 1));
   for (int64_t t = 0; t < n; t++) {
     out->ids[at + t] = ids[t];
     out->targets[at + t] = t + 1 < n ? ids[t + 1] : 0;
@@ -274,41 +282,35 @@ static void put_sample(esp_rows *out, const int32_t *ids, const float *w, int64_
     out->weight_sum += out->weights[at + t];
   }
   out->tokens += n;
+  out->cu_seqlens[0] = 0;
   out->cu_seqlens[++out->n_seqs] = (int32_t)out->tokens;
+  return ESP_OK;
+}
+
+esp_status esp_rows_pad(esp_rows *r, int64_t tokens) {
+  static const int32_t zero_id = 0;
+  static const float zero_weight = 0;
+  int64_t pad = tokens > r->tokens ? tokens - r->tokens : 0;
+  ESP_TRY(reserve(r, r->tokens + pad, r->n_seqs + pad));
+  while (pad-- > 0) ESP_TRY(esp_rows_add(r, &zero_id, &zero_weight, 1));
+  return ESP_OK;
 }
 
 esp_status esp_packs_fetch(const esp_packs *p, int64_t first, int64_t n, int64_t pad_to, esp_rows *out) {
-  int64_t tokens = 0, seqs = 0;
+  int64_t beyond = 0;
+  esp_rows_clear(out);
   for (int64_t r = first; r < first + n; r++) {
-    if (r >= p->n_rows) { /* beyond the end: one token that nobody is trained on */
-      tokens++;
-      seqs++;
-      continue;
-    }
-    for (int64_t k = p->start[r]; k < p->start[r + 1]; k++) tokens += length(p->data, p->item[k]);
-    seqs += p->start[r + 1] - p->start[r];
-  }
-  int64_t pad = pad_to > tokens ? pad_to - tokens : 0;
-  if (tokens + pad > INT32_MAX) return esp_fail(ESP_ERR_DATA, "a micro-batch of %lld tokens", (long long)tokens);
-  ESP_TRY(reserve(out, tokens + pad, seqs + pad));
-  static const int32_t zero_id = 0;
-  static const float zero_weight = 0;
-  out->tokens = 0;
-  out->n_seqs = 0;
-  out->weight_sum = 0;
-  out->cu_seqlens[0] = 0;
-  for (int64_t r = first; r < first + n; r++) {
-    if (r >= p->n_rows) put_sample(out, &zero_id, &zero_weight, 1);
+    if (r >= p->n_rows) beyond++; /* beyond the end: one token that nobody is trained on */
     for (int64_t k = r < p->n_rows ? p->start[r] : 0; r < p->n_rows && k < p->start[r + 1]; k++) {
       const int32_t *ids;
       const float *w;
       int64_t m;
       esp_dataset_sample(p->data, p->item[k], &ids, &w, &m);
-      put_sample(out, ids, w, m);
+      ESP_TRY(esp_rows_add(out, ids, w, m));
     }
   }
-  for (int64_t i = 0; i < pad; i++) put_sample(out, &zero_id, &zero_weight, 1);
-  return ESP_OK;
+  int64_t least = out->tokens + beyond;
+  return esp_rows_pad(out, pad_to > least ? pad_to : least);
 }
 
 void esp_rows_deinit(esp_rows *r) {

@@ -22,7 +22,8 @@ struct esp_background {
 
 int64_t esp_background_bytes(const esp_engine *e) {
   /* A kind that changes its parameters between steps changes the list that the thread walks. */
-  if (e->be->on_host || !e->optim || e->adapter->kind->after_step || e->adapter->kind->n_states) return 0;
+  if (e->be->on_host || !e->optim || e->adapter->kind->after_step || e->adapter->kind->n_states || e->strategies.n > 0)
+    return 0;
   return e->adapter->params->total * (1 + e->optim->kind->n_states) * (int64_t)sizeof(float);
 }
 

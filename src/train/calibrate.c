@@ -17,15 +17,9 @@ esp_status esp_calibrate(esp_engine *e, const esp_recipe *r, const esp_train_dat
   for (int64_t m = 0; m < wanted && m * size < count; m++) {
     int64_t left = count - m * size, n = left < size ? left : size;
     ESP_GOTO(esp_packs_fetch(packs, m * size, n, 0, &rows));
-    int64_t padded = esp_train_pad(rows.tokens);
+    int64_t padded = esp_sequence_round(rows.tokens);
     if (padded != rows.tokens) ESP_GOTO(esp_packs_fetch(packs, m * size, n, padded, &rows));
-    esp_batch b = {.tokens = rows.tokens,
-                   .ids = rows.ids,
-                   .targets = rows.targets,
-                   .positions = rows.positions,
-                   .weights = rows.weights,
-                   .cu_seqlens = rows.cu_seqlens,
-                   .n_seqs = rows.n_seqs};
+    esp_batch b = esp_sequence_batch(&rows);
     ESP_GOTO(esp_adapter_calibrate(a, &e->stack, &b, r->memory.activation_checkpointing));
   }
   ESP_GOTO(a->kind->seen(a));

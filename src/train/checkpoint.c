@@ -136,25 +136,38 @@ out:
   return st;
 }
 
-/* Shapes and the kind's own state, before any value: rank 0 reads, every rank takes it from the same text. */
+/* A whole file, read by rank 0, on every rank (zero-terminated). */
+static esp_status read_everywhere(esp_comm *c, const char *path, char **text, size_t *n) {
+  esp_status st = c->rank == 0 ? esp_file_read(path, text, n) : ESP_OK;
+  ESP_TRY(esp_comm_agree(c, st));
+  ESP_TRY(c->ops->broadcast(c, n, sizeof *n, 0));
+  if (c->rank != 0 && !(*text = esp_mem_alloc(ESP_MEM_HOST, *n + 1))) st = ESP_ERR_MEMORY;
+  ESP_TRY(esp_comm_agree(c, st));
+  return c->ops->broadcast(c, *text, *n, 0);
+}
+
+/* Shapes and the kind's own state, before any value. */
 static esp_status read_adapter(esp_engine *e, const char *path) {
-  esp_status st = ESP_OK;
   json_t *j = NULL;
   char *text = NULL;
   size_t n = 0;
-  if (e->comm->rank == 0) st = esp_file_read(path, &text, &n);
-  ESP_TRY(esp_comm_agree(e->comm, st));
-  ESP_GOTO(e->comm->ops->broadcast(e->comm, &n, sizeof n, 0));
-  if (e->comm->rank != 0 && !(text = esp_mem_alloc(ESP_MEM_HOST, n + 1))) st = ESP_ERR_MEMORY;
-  ESP_GOTO(esp_comm_agree(e->comm, st));
-  ESP_GOTO(e->comm->ops->broadcast(e->comm, text, n, 0));
-  st = esp_json_parse(text, n, path, &j);
+  esp_status st = read_everywhere(e->comm, path, &text, &n);
+  if (st == ESP_OK) st = esp_json_parse(text, n, path, &j);
   if (st == ESP_OK) st = esp_adapter_state_restore(e->adapter, j, path);
-  st = esp_comm_agree(e->comm, st);
-out:
   json_decref(j);
   esp_mem_free(text);
-  return st;
+  return esp_comm_agree(e->comm, st);
+}
+
+static esp_status read_strategies(esp_engine *e, const char *tensors, const char *json) {
+  char *text[2] = {0};
+  size_t n[2] = {0};
+  esp_status st = read_everywhere(e->comm, tensors, &text[0], &n[0]);
+  if (st == ESP_OK) st = read_everywhere(e->comm, json, &text[1], &n[1]);
+  if (st == ESP_OK) st = esp_strategies_load(&e->strategies, text[0], n[0], text[1], n[1], json);
+  esp_mem_free(text[0]);
+  esp_mem_free(text[1]);
+  return esp_comm_agree(e->comm, st);
 }
 
 esp_status esp_checkpoint_load(esp_engine *e, const char *path) {
@@ -165,7 +178,10 @@ esp_status esp_checkpoint_load(esp_engine *e, const char *path) {
   ESP_TRY(read_tensors(e, esp_path_join(file, sizeof file, path, "params.safetensors"), -1, 0));
   if (n > 0) ESP_TRY(read_tensors(e, esp_path_join(file, sizeof file, path, "optim.safetensors"), 0, n));
   if (own > 0) ESP_TRY(read_tensors(e, esp_path_join(file, sizeof file, path, "adapter.safetensors"), n, n + own));
-  return ESP_OK;
+  if (e->strategies.n == 0) return ESP_OK;
+  char json[ESP_PATH];
+  return read_strategies(e, esp_path_join(file, sizeof file, path, "strategy.safetensors"),
+                         esp_path_join(json, sizeof json, path, "strategy.json"));
 }
 
 /* ---- state.json ---- */
@@ -280,8 +296,9 @@ out:
 
 /* ---- manifest ---- */
 
-static const char *const parts[] = {"params.safetensors", "optim.safetensors",   "state.json",
-                                    "matrix.json",        "adapter.safetensors", "adapter.json"};
+static const char *const parts[] = {"params.safetensors",   "optim.safetensors",   "state.json",
+                                    "matrix.json",          "adapter.safetensors", "adapter.json",
+                                    "strategy.safetensors", "strategy.json"};
 #define N_PARTS (sizeof parts / sizeof *parts)
 
 static esp_status save_manifest(const char *dir) {
@@ -418,6 +435,9 @@ esp_status esp_checkpoint_write(const esp_engine *e, const esp_run_state *s, con
     ESP_GOTO(write_tensors(e, values, esp_path_join(file, sizeof file, staged, parts[4]), n_optim, n_optim + own));
   if (esp_adapter_has_state(e->adapter))
     ESP_GOTO(save_adapter_state(e, esp_path_join(file, sizeof file, staged, parts[5])));
+  char json[ESP_PATH];
+  ESP_GOTO(esp_strategies_save(&e->strategies, esp_path_join(file, sizeof file, staged, parts[6]),
+                               esp_path_join(json, sizeof json, staged, parts[7])));
   ESP_GOTO(save_state(s, e->r, tasks, esp_path_join(file, sizeof file, staged, parts[2])));
   if (matrix) ESP_GOTO(esp_matrix_save(matrix, esp_path_join(file, sizeof file, staged, parts[3])));
   ESP_GOTO(save_manifest(staged));

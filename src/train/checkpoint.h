@@ -6,6 +6,7 @@
  *     optim.safetensors    "<state>.<parameter>"
  *     state.json           cursor, recipe hash, ranks, watchdog, lengths of the metric files, data counts
  *     adapter.json, adapter.safetensors   ranks and statistics of kinds whose ranks move in a run
+ *     strategy.json, strategy.safetensors what strategies against forgetting remember
  *     matrix.json          the score matrix so far (when there are evaluation sets)
  *     manifest.json        bytes and xxh3-128 of the others; checked before anything is believed
  */

@@ -43,6 +43,8 @@ void esp_engine_unload(esp_engine *e) {
 
 void esp_engine_deinit(esp_engine *e) {
   if (!e->be) return;
+  esp_strategies_destroy(&e->strategies);
+  esp_mem_free(e->sequence_lists);
   esp_engine_unload(e);
   if (e->stack_ready) esp_stack_deinit(&e->stack);
   esp_backend_destroy(e->be);
@@ -80,6 +82,42 @@ esp_status esp_engine_stack(esp_engine *e, int64_t capacity) {
   ESP_TRY(esp_stack_init(&e->stack, e->be, capacity));
   e->stack_ready = true;
   return ESP_OK;
+}
+
+esp_status esp_engine_strategies(esp_engine *e, const esp_train_data *data, const esp_train_hooks *hooks) {
+  const esp_recipe *r = e->r;
+  size_t n = (size_t)r->n_tasks;
+  ESP_TRY(esp_strategies_create(&r->continual.strategy, e->be, &e->strategies));
+  const void **lists = e->sequence_lists = esp_mem_alloc(ESP_MEM_HOST, 2 * n * sizeof *lists);
+  if (!lists) return ESP_ERR_MEMORY;
+  for (size_t i = 0; i < n; i++) {
+    lists[i] = &r->tasks[i].data_cfg;
+    lists[n + i] = r->tasks[i].name;
+  }
+  e->sequence = (esp_sequence){.be = e->be,
+                               .comm = e->comm,
+                               .tok = data->tok,
+                               .data = data->task,
+                               .data_cfg = (const esp_data_cfg *const *)lists,
+                               .task_name = (const char *const *)(lists + n),
+                               .n_tasks = r->n_tasks,
+                               .ckpt = r->memory.activation_checkpointing,
+                               .seed = r->seed,
+                               .ctx = hooks ? hooks->ctx : NULL,
+                               .generate = hooks ? hooks->generate : NULL};
+  return ESP_OK;
+}
+
+esp_status esp_engine_task(esp_engine *e, int task, const esp_task_steps *steps) {
+  esp_sequence *q = &e->sequence;
+  q->model = e->model, q->adapter = e->adapter, q->optim = e->optim;
+  q->stack = &e->stack, q->device_comm = e->device_comm;
+  q->task = task;
+  q->micro_batch = e->r->tasks[task].train.micro_batch_size;
+  q->max_tokens = steps->max_tokens;
+  if (!e->opened) ESP_TRY(esp_strategies_open(&e->strategies, q));
+  e->opened = true;
+  return esp_strategies_task_begin(&e->strategies, q);
 }
 
 void esp_engine_parameters(const esp_engine *e, int64_t *trainable, int64_t *total) {

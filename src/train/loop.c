@@ -72,6 +72,7 @@ static esp_status begin_task(esp_loop *l, int i, bool first) {
   }
   if (st == ESP_OK && fresh)
     st = esp_calibrate(&l->engine, l->r, &l->data, l->r->continual.policy == ESP_POLICY_CONTINUE ? 0 : i);
+  if (st == ESP_OK) st = esp_engine_task(&l->engine, i, &l->plan.task[i]);
   return esp_comm_agree(l->comm, st);
 }
 
@@ -244,7 +245,11 @@ static esp_status task_steps_loop(esp_loop *l, int task) {
     bool stop = false;
     ESP_GOTO(one_step(l, t, packs, epoch_steps, steps, &stop));
     bool ends = at->task_step >= steps;
-    if (!ends && l->r->eval.every > 0 && at->task_step % l->r->eval.every == 0) ESP_GOTO(esp_loop_midway(l, t));
+    if (!ends && l->r->eval.every > 0 && at->task_step % l->r->eval.every == 0) {
+      ESP_GOTO(esp_strategies_deploy(&l->engine.strategies, &l->engine.sequence, true));
+      ESP_GOTO(esp_loop_midway(l, t));
+      ESP_GOTO(esp_strategies_deploy(&l->engine.strategies, &l->engine.sequence, false));
+    }
     /* told as soon as it is there, on one rank: with more, agreeing would cost each step a message */
     if (l->comm->size == 1 && esp_background_done(l->background)) ESP_GOTO(finish_background(l));
     if (stop)
@@ -262,11 +267,15 @@ static esp_status end_task(esp_loop *l, int task) {
   const esp_recipe_task *t = &l->r->tasks[task];
   char path[ESP_PATH], base[ESP_PATH], rel[ESP_PATH], merged[ESP_PATH];
   esp_adapter *a = l->engine.adapter;
+  esp_strategies *s = &l->engine.strategies;
   if (a->kind->task_end) ESP_TRY(esp_comm_agree(l->comm, a->kind->task_end(a, task)));
+  ESP_TRY(esp_comm_agree(l->comm, esp_strategies_task_end(s, &l->engine.sequence)));
+  ESP_TRY(esp_strategies_deploy(s, &l->engine.sequence, true));
   ESP_TRY(esp_comm_agree(l->comm, l->comm->rank == 0 ? finish_background(l) : ESP_OK));
   ESP_TRY(esp_loop_save_adapter(l, "adapters", t->name, path));
   ESP_TRY(esp_loop_matrix_row(l, task + 1));
   ESP_TRY(esp_loop_best_of_row(l, task + 1));
+  ESP_TRY(esp_strategies_deploy(s, &l->engine.sequence, false));
   esp_event e = esp_loop_event(l, ESP_EVENT_TASK_END);
   e.path = path;
   esp_loop_emit(l, &e);
@@ -349,6 +358,7 @@ static esp_status run(esp_loop *l, bool resume) {
   esp_mem_trim();             /* what reading text and tokenizer left free */
   esp_mem_stats_reset_peak(); /* the plan's books are closed: from here the peak is the run's own */
   ESP_TRY(esp_comm_agree(l->comm, esp_engine_init(&l->engine, l->r, l->comm, false)));
+  ESP_TRY(esp_comm_agree(l->comm, esp_engine_strategies(&l->engine, &l->data, l->hooks)));
   ESP_TRY(begin_task(l, (int)at->task, true));
   /* Only now does anything appear on disk: weights that cannot be read leave no half of a run, and no run is replaced.
    */

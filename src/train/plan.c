@@ -46,7 +46,13 @@ static esp_status largest(esp_engine *e, const esp_task_steps *c, esp_ckpt_mode 
   for (int64_t i = 0; i < c->max_trained; i++) weights[i] = 1.0f;
   for (size_t i = 0; i < n; i++) ids[2 * n + i] = 0;
   int32_t cu[2] = {0, (int32_t)n};
-  esp_batch b = {(int64_t)n, ids, ids + n, ids + 2 * n, weights, cu, 1, NULL};
+  esp_batch b = {.tokens = (int64_t)n,
+                 .ids = ids,
+                 .targets = ids + n,
+                 .positions = ids + 2 * n,
+                 .weights = weights,
+                 .cu_seqlens = cu,
+                 .n_seqs = 1};
   esp_loss_out loss;
   ESP_GOTO(esp_model_step(e->model, &e->stack, &b, ckpt, true, 1.0f, 0, 0, &loss, NULL));
   ESP_GOTO(esp_backend_sync(e->be));
@@ -85,6 +91,7 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   if (fresh) ESP_GOTO(esp_calibrate(e, r, d, task));
   /* Again with the stack at its full height, now as a whole step over the first rows: this is also what is counted. */
   ESP_GOTO(largest(e, c, r->memory.activation_checkpointing));
+  ESP_GOTO(esp_engine_task(e, task, c));
   ESP_GOTO(esp_packs_create(d->task[task], &t->data_cfg, r->seed, task, 0, &packs));
   double before = e->be->stats.flops;
   esp_step_in in = {.packs = packs,
@@ -97,7 +104,10 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
                     .seed = r->seed};
   esp_step_out out;
   ESP_GOTO(esp_train_step(e, &in, &rows, &out));
+  ESP_GOTO(esp_strategies_deploy(&e->strategies, &e->sequence, true));
+  ESP_GOTO(esp_strategies_deploy(&e->strategies, &e->sequence, false));
   *flops = (e->be->stats.flops - before) / (double)(out.tokens > 0 ? out.tokens : 1); /* per token */
+  ESP_GOTO(esp_strategies_task_end(&e->strategies, &e->sequence));
 out:
   esp_packs_destroy(packs);
   esp_rows_deinit(&rows);
@@ -141,6 +151,7 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   esp_mem_stats_reset_peak();
   ESP_GOTO(esp_comm_create("self", &alone));
   ESP_GOTO(esp_engine_init(&e, r, alone, true));
+  ESP_GOTO(esp_engine_strategies(&e, d, NULL));
   for (int i = 0; i < r->n_tasks; i++) {
     const esp_task_steps *c = &out->task[i];
     double flops = 0;

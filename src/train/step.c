@@ -9,26 +9,11 @@
 
 #include "train/train.h"
 
-#define PAD 32 /* rows of one tile block of the matrix products */
-
-int64_t esp_train_pad(int64_t tokens) {
-  return (tokens + PAD - 1) / PAD * PAD;
-}
-
-/* On a device a step costs the host as much as its launches unless they can be replayed, which wants few shapes: sizes
- * are rounded up to eighths of the largest micro-batch. */
-static int64_t pad_for(const esp_backend *be, const esp_step_in *in, int64_t tokens) {
-  int64_t padded = esp_train_pad(tokens);
-  if (be->on_host) return padded;
-  int64_t eighth = (in->most / 8 + 63) / 64 * 64, up = eighth > 0 ? (padded + eighth - 1) / eighth * eighth : padded;
-  return up < in->most ? up : padded > in->most ? padded : in->most;
-}
-
 static esp_status fetch(const esp_backend *be, const esp_step_in *in, int64_t first, esp_rows *rows, int64_t *real) {
   int64_t left = esp_packs_count(in->packs) - first, n = left < in->micro_batch ? left : in->micro_batch;
   ESP_TRY(esp_packs_fetch(in->packs, first, n, 0, rows));
   *real = rows->tokens;
-  int64_t padded = pad_for(be, in, rows->tokens);
+  int64_t padded = esp_sequence_pad(be, rows->tokens, in->most);
   if (padded != rows->tokens) ESP_TRY(esp_packs_fetch(in->packs, first, n, padded, rows));
   return ESP_OK;
 }
@@ -37,20 +22,23 @@ typedef struct sums { /* added over ranks as one message */
   double loss, correct, trained, tokens, stop, failed;
 } sums;
 
-static esp_status micro_batches(esp_engine *e, const esp_step_in *in, esp_rows *rows, float scale, sums *s) {
+static esp_status micro_batches(esp_engine *e, const esp_step_in *in, const esp_strategy_step *t, esp_rows *rows,
+                                sums *s) {
+  float scale = (float)t->scale;
   ESP_TRY(esp_model_sums_reset(e->model));
   for (int64_t m = 0; m < in->accumulate; m++) {
     int64_t slot = m * e->comm->size + e->comm->rank;
     int64_t first = (in->epoch_step * in->accumulate * e->comm->size + slot) * in->micro_batch, real = 0;
     if (first >= esp_packs_count(in->packs)) break; /* the tail of an epoch: nothing is left for this rank */
     ESP_TRY(fetch(e->be, in, first, rows, &real));
-    esp_batch b = {rows->tokens,  rows->ids,        rows->targets, rows->positions,
-                   rows->weights, rows->cu_seqlens, rows->n_seqs,  NULL};
+    esp_batch b = esp_sequence_batch(rows);
+    ESP_TRY(esp_strategies_teach(&e->strategies, &e->sequence, t, &b));
     ESP_TRY(
         esp_model_step(e->model, &e->stack, &b, in->ckpt, true, scale, in->seed, (in->step << 20) + slot, NULL, NULL));
     s->tokens += (double)real;
     for (int64_t t = 0; t < rows->tokens; t++) s->trained += rows->weights[t] != 0.0f;
   }
+  ESP_TRY(esp_strategies_pass(&e->strategies, &e->sequence, t));
   esp_loss_out loss;
   ESP_TRY(esp_model_sums(e->model, &loss)); /* the one wait of the step's computation */
   s->loss = loss.loss_sum;
@@ -74,8 +62,12 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
 
   esp_params_zero_grad(ps);
   sums s = {0};
+  esp_strategy_step t = {in->step, in->task_step, in->task_steps, in->lr, out->weight, 0};
+  double weight = out->weight; /* of the step's own rows and those that strategies add */
   esp_status st = in->failed;
-  if (st == ESP_OK) st = micro_batches(e, in, rows, (float)(1.0 / out->weight), &s);
+  if (st == ESP_OK) st = esp_strategies_draw(&e->strategies, &e->sequence, &t, &weight);
+  t.scale = 1.0 / weight;
+  if (st == ESP_OK) st = micro_batches(e, in, &t, rows, &s);
   if (st == ESP_OK) st = esp_backend_sync(e->be);
   s.failed = st != ESP_OK;
   s.stop = esp_stop_requested();
@@ -86,7 +78,7 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
   }
   if (st != ESP_OK) return st;
 
-  out->loss = s.loss / out->weight;
+  out->loss = s.loss / weight;
   out->accuracy = s.trained > 0 ? s.correct / s.trained : 0;
   out->tokens = (int64_t)s.tokens;
   out->stop = s.stop > 0;
@@ -96,6 +88,8 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
                     isnan(out->loss) ? "not a number" : "infinite");
   const esp_adapter_kind *kind = e->adapter->kind;
   if (kind->before_step) out->penalty = kind->before_step(e->adapter, in->task_step, in->task_steps);
+  out->penalty += esp_strategies_penalty(&e->strategies, &e->sequence, &t);
+  ESP_TRY(esp_strategies_project(&e->strategies, &e->sequence, &t));
   out->grad_norm = esp_optim_grad_norm(e->optim);
   ESP_TRY(esp_backend_sync(e->be));
   if (!counting && !isfinite(out->grad_norm))
@@ -106,5 +100,6 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
   e->adapter->grad_scale = clip;
   e->adapter->lr = in->lr;
   esp_optim_step(e->optim, in->lr, clip);
+  ESP_TRY(esp_strategies_after_step(&e->strategies, &e->sequence, &t));
   return esp_backend_sync(e->be);
 }

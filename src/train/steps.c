@@ -9,7 +9,7 @@ static esp_status measure_epoch(const esp_packs *p, const esp_recipe_train *t, e
   for (int64_t first = 0; first < n; first += t->micro_batch_size) {
     int64_t take = esp_packs_count(p) - first < t->micro_batch_size ? esp_packs_count(p) - first : t->micro_batch_size;
     ESP_TRY(esp_packs_fetch(p, first, take, 0, rows));
-    int64_t tokens = esp_train_pad(rows->tokens), trained = 0;
+    int64_t tokens = esp_sequence_round(rows->tokens), trained = 0;
     for (int64_t i = 0; i < rows->tokens; i++) trained += rows->weights[i] != 0.0f;
     if (tokens > out->max_tokens) out->max_tokens = tokens;
     if (trained > out->max_trained) out->max_trained = trained;

@@ -10,6 +10,7 @@
 #include "espalier/run.h"
 #include "recipe/recipe.h"
 #include "tasks/matrix.h"
+#include "tasks/strategy.h"
 
 #define ESP_PATH 4096
 
@@ -29,6 +30,9 @@ typedef struct esp_train_hooks {
   esp_status (*score)(void *ctx, const esp_score_request *q, double *value, int64_t *samples);
   const char *(*metric_name)(esp_metric metric);
   bool (*smaller_better)(esp_metric metric);
+  /* See esp_sequence.generate. NULL: strategies that need it are refused. */
+  esp_status (*generate)(const esp_sequence *q, const esp_ids *prompts, int n, int64_t max_new, double temperature,
+                         uint64_t seed, esp_ids *out);
   /* Writes base + adapter as a model directory. NULL: merge_then_new is refused. */
   esp_status (*merge)(void *ctx, const char *base, const char *adapter, const char *out);
 } esp_train_hooks;
@@ -43,6 +47,15 @@ typedef struct esp_train_data {
 esp_status esp_train_data_load(const esp_recipe *r, bool with_tasks, bool with_eval, esp_train_data *out);
 void esp_train_data_deinit(esp_train_data *d);
 
+/* Steps of each task, exactly: packing differs from epoch to epoch, so each epoch is packed. */
+typedef struct esp_task_steps {
+  int64_t samples, rows, steps; /* rows of epoch 0 */
+  int64_t max_tokens;           /* largest micro-batch, padded */
+  int64_t max_trained;          /* most rows with a loss in one micro-batch */
+  int64_t tokens;               /* of the task, padding included, all ranks */
+  double weight;                /* of epoch 0 */
+} esp_task_steps;
+
 /* ---- engine: model, adapter, optimizer and activation stack on one backend ---- */
 typedef struct esp_engine {
   const esp_recipe *r;
@@ -54,6 +67,10 @@ typedef struct esp_engine {
   esp_optim *optim;
   esp_stack stack;
   bool stack_ready;
+  esp_strategies strategies; /* empty outside a run of tasks */
+  esp_sequence sequence;     /* the run as they see it; valid after esp_engine_task */
+  void *sequence_lists;      /* what it points to */
+  bool opened;               /* they have seen the model */
 } esp_engine;
 /* What the recipe's device means on this machine: "cpu", "cuda", "cuda:N". */
 const char *esp_engine_device(const esp_recipe *r);
@@ -68,6 +85,10 @@ void esp_engine_unload(esp_engine *e);
 /* The optimizer for a task: new, or the present one with another configuration when `keep` and the kind is the same. */
 esp_status esp_engine_optim(esp_engine *e, const esp_optim_cfg *cfg, bool keep);
 esp_status esp_engine_stack(esp_engine *e, int64_t capacity);
+/* The strategies of the recipe. data must outlive the engine. */
+esp_status esp_engine_strategies(esp_engine *e, const esp_train_data *data, const esp_train_hooks *hooks);
+/* Model, adapter and optimizer stand for this task: its strategies begin (the first time they open before). */
+esp_status esp_engine_task(esp_engine *e, int task, const esp_task_steps *steps);
 /* The pass over data that the adapter's kind needs before it is trained, over the first rows of a task. */
 esp_status esp_calibrate(esp_engine *e, const esp_recipe *r, const esp_train_data *d, int task);
 /* Values trained, and values of the base. */
@@ -76,7 +97,7 @@ void esp_engine_parameters(const esp_engine *e, int64_t *trainable, int64_t *tot
 /* ---- one optimizer step ---- */
 typedef struct esp_step_out {
   double loss, accuracy, grad_norm, weight;
-  double penalty; /* of the adapter kind, beside the loss */
+  double penalty; /* of the adapter kind and of strategies, beside the loss */
   int64_t tokens; /* all ranks, padding excluded */
   bool stop;      /* some rank was asked to stop */
 } esp_step_out;
@@ -94,8 +115,6 @@ typedef struct esp_step_in {
 } esp_step_in;
 /* Collective. A non-finite loss or gradient is ESP_ERR_DIVERGED and leaves the parameters as they were. */
 esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, esp_step_out *out);
-/* Padded token count of a micro-batch: shapes repeat, which is what packed products and caches like. */
-int64_t esp_train_pad(int64_t tokens);
 
 /* ---- where a run stands ---- */
 typedef struct esp_cursor {
@@ -105,14 +124,6 @@ typedef struct esp_cursor {
   int64_t step; /* of the whole run */
 } esp_cursor;
 
-/* Steps of each task, exactly: packing differs from epoch to epoch, so each epoch is packed. */
-typedef struct esp_task_steps {
-  int64_t samples, rows, steps; /* rows of epoch 0 */
-  int64_t max_tokens;           /* largest micro-batch, padded */
-  int64_t max_trained;          /* most rows with a loss in one micro-batch */
-  int64_t tokens;               /* of the task, padding included, all ranks */
-  double weight;                /* of epoch 0 */
-} esp_task_steps;
 esp_status esp_task_count(const esp_recipe *r, int task, const esp_dataset *d, int ranks, esp_task_steps *out);
 
 /* ---- plan ---- */

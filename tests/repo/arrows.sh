@@ -14,8 +14,8 @@ allowed() {
   adapters) echo core io backend model adapters ;;
   optim) echo core io backend optim ;;
   dist) echo core backend dist ;;
-  tasks) echo core io tasks ;;
-  recipe) echo core io backend text model adapters optim recipe ;;
+  tasks) echo core io backend text model adapters optim dist tasks ;;
+  recipe) echo core io backend text model adapters optim dist tasks recipe ;;
   train) echo core io backend text model adapters optim dist tasks recipe train ;;
   eval) echo core io backend text model adapters tasks recipe eval ;;
   merge) echo core io backend model adapters merge ;;

@@ -1,0 +1,21 @@
+/* schema_rows.h: how the rows of the table are written. */
+#ifndef ESP_RECIPE_SCHEMA_ROWS_H
+#define ESP_RECIPE_SCHEMA_ROWS_H
+
+#include "recipe/schema.h"
+
+#define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
+#define AT(field) .offset = offsetof(esp_recipe, field)
+#define LIST(field, counter) .offset = offsetof(esp_recipe, field), .count_offset = offsetof(esp_recipe, counter)
+#define WORDS(...)                                                                                                     \
+  .words = (const char *const[]) {                                                                                     \
+    __VA_ARGS__, NULL                                                                                                  \
+  }
+#define RANGE(lo, hi) .min = (lo), .max = (hi)
+#define BIG 9007199254740992.0 /* 2^53: every integer below is a double */
+#define SECTION_OBJECT(n, h) static const esp_object n##_object = {#n, h, n##_keys, COUNT(n##_keys), 0}
+
+/* schema_strategies.c: the keys of each strategy, continual.<its name>. */
+extern const esp_object esp_schema_l2;
+
+#endif

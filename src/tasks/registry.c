@@ -1,0 +1,24 @@
+/* registry.c: the strategies. One line each. */
+#include <string.h>
+
+#include "tasks/internal.h"
+
+/* clang-format off */
+static const esp_strategy_kind *const kinds[] = {
+    &esp_strategy_l2,
+};
+/* clang-format on */
+enum { N_KINDS = sizeof kinds / sizeof kinds[0] };
+
+const esp_strategy_kind *esp_strategy_find(const char *name) {
+  for (int i = 0; i < N_KINDS; i++)
+    if (strcmp(kinds[i]->name, name) == 0) return kinds[i];
+  return NULL;
+}
+
+const char *const *esp_strategy_names(int *n) {
+  static const char *names[N_KINDS];
+  for (int i = 0; i < N_KINDS; i++) names[i] = kinds[i]->name;
+  *n = N_KINDS;
+  return names;
+}
