@@ -93,6 +93,12 @@ typedef struct esp_adapter_cfg {
   int64_t cayley_terms;               /* 0: exact */
   bool oft_block_share, coft;
   double coft_eps;
+  /* prompt, prefix */
+  int64_t virtual_tokens;    /* rows in front of every sequence; 0: 20 */
+  const char *prompt_init;   /* NULL, default: the kind's */
+  const char *prompt_text;   /* prompt_init text: the rows start as its embeddings */
+  const int32_t *prompt_ids; /* its tokens: filled in where there is a tokenizer */
+  int n_prompt_ids;
   /* olora_cl, incremental_rank: tasks there is room for, the present one, those that were begun; 0 of the first: 1 */
   int tasks, task, begun;
   /* olora_cl */
@@ -150,6 +156,12 @@ typedef struct esp_adapter_kind {
                         esp_tensor dx, float beta);
   void (*embed)(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot);
   void (*embed_bwd)(esp_adapter *a, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy, void **slot);
+
+  /* Kinds of virtual tokens: rows that this adapter puts in front of a sequence, see esp_adapter_hooks; `kv` and
+   * kv_bwd are for those that replace keys and values. Such a kind is `alone`, and with no other that is. */
+  int64_t (*virtual_tokens)(const esp_adapter *a);
+  void (*kv)(esp_adapter *a, esp_run *run, int layer, esp_tensor k, esp_tensor v);
+  void (*kv_bwd)(esp_adapter *a, esp_run *run, int layer, esp_tensor dk, esp_tensor dv);
 
   /* Optional. wants_output: false where `output` has nothing to do for this configuration (a recomputed block then
    * skips the base product). destroy: what the arena does not own. */

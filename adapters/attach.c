@@ -163,6 +163,27 @@ static void on_embed_bwd(void *ctx, esp_run *run, esp_site *s, const int32_t *id
   }
 }
 
+static int64_t on_virtual_tokens(void *ctx, int adapter) {
+  const active_set *c = ctx;
+  int64_t n = 0;
+  for (int k = 0; k < c->n; k++)
+    if (c->list[k]->kind->virtual_tokens && (adapter == ESP_EVERY_ADAPTER || adapter == k))
+      n += c->list[k]->kind->virtual_tokens(c->list[k]);
+  return n;
+}
+
+static void on_kv(void *ctx, esp_run *run, int layer, esp_tensor k, esp_tensor v) {
+  active_set *c = ctx;
+  for (int i = 0; i < c->n; i++)
+    if (c->list[i]->kind->kv) c->list[i]->kind->kv(c->list[i], run, layer, k, v);
+}
+
+static void on_kv_bwd(void *ctx, esp_run *run, int layer, esp_tensor dk, esp_tensor dv) {
+  active_set *c = ctx;
+  for (int i = 0; i < c->n; i++)
+    if (c->list[i]->kind->kv_bwd) c->list[i]->kind->kv_bwd(c->list[i], run, layer, dk, dv);
+}
+
 static esp_status on_begin(void *ctx, esp_run *run) {
   active_set *c = ctx;
   return esp_rows_begin(&c->rows, run, c->list, c->n);
@@ -210,6 +231,7 @@ static int on_lowest_layer(void *ctx) {
     int n = esp_model_sites(a->model, &sites), layers = esp_model_describe(a->model)->layers;
     if (!a->trainable) continue;
     if (a->modules->tokens >= 0) return -1;
+    if (a->kind->kv_bwd) low = 0;
     for (int i = 0; i < n; i++) {
       if (!a->targeted[i]) continue;
       int at = sites[i]->kind == ESP_SITE_EMBED ? -1 : sites[i]->layer < 0 ? layers : sites[i]->layer;
@@ -240,6 +262,9 @@ static esp_adapter_hooks hooks_of(active_set *c) {
     if (kind->output && (c->n > MANY || !kind->wants_output || kind->wants_output(c->list[k]))) h.output = on_output;
     if (kind->output_bwd) h.output_bwd = on_output_bwd;
     if (kind->input_bwd) h.input_bwd = on_input_bwd;
+    if (kind->virtual_tokens) h.virtual_tokens = on_virtual_tokens;
+    if (kind->kv) h.kv = on_kv;
+    if (kind->kv_bwd) h.kv_bwd = on_kv_bwd;
   }
   return h;
 }
@@ -301,6 +326,9 @@ static esp_status attach_modules(esp_model *m, esp_adapter **list, int n) {
 /* A change that multiplies the weight depends on what else is there: sums are for kinds that add. */
 static esp_status check_alone(const esp_adapter *a, const esp_adapter *b) {
   if (!a->kind->alone && !b->kind->alone) return ESP_OK;
+  if (a->kind->alone && b->kind->alone && (a->kind->virtual_tokens || b->kind->virtual_tokens))
+    return esp_fail(ESP_ERR_RECIPE, "adapters '%s' (%s) and '%s' (%s) cannot both be active", a->name, a->kind->name,
+                    b->name, b->kind->name);
   esp_site **sites;
   int n = esp_model_sites(a->model, &sites);
   for (int i = 0; i < n; i++)

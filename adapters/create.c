@@ -73,6 +73,8 @@ esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter
   COPY_STR(pmss_select);
   COPY_STR(orthogonal);
   COPY_STR(miss_type);
+  COPY_STR(prompt_init);
+  COPY_STR(prompt_text);
   COPY_STR(target_regex);
   COPY_STR(exclude_regex);
   COPY_STR(layers_pattern);
@@ -86,6 +88,7 @@ esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter
   ESP_TRY(copy_skeleton(arena, in->skeleton, in->n_skeleton, &out->skeleton));
   ESP_TRY(copy_kept(arena, in->kept, in->n_kept, &out->kept));
   ESP_TRY(copy_bytes(arena, in->layers, (size_t)in->n_layers * sizeof *in->layers, &out->layers));
+  ESP_TRY(copy_bytes(arena, in->prompt_ids, (size_t)in->n_prompt_ids * sizeof *in->prompt_ids, &out->prompt_ids));
   ESP_TRY(copy_bytes(arena, in->trainable_tokens, (size_t)in->n_trainable_tokens * sizeof(int32_t),
                      &out->trainable_tokens));
   return ESP_OK;

@@ -19,6 +19,15 @@ extern const esp_adapter_kind esp_kind_lora, esp_kind_full, esp_kind_none;
 extern const esp_adapter_kind esp_kind_miss;
 extern const esp_adapter_kind esp_kind_bat, esp_kind_hra, esp_kind_oft;
 
+extern const esp_adapter_kind esp_kind_prompt;
+
+/* prompt.c: for kinds of virtual tokens. params: "prompt_embeddings" [n, width]. */
+int64_t esp_virtual_count(const esp_adapter *a);
+esp_status esp_virtual_check(const esp_adapter_cfg *c);
+esp_status esp_virtual_params(esp_adapter *a, int64_t width);
+void esp_virtual_config_write(const esp_adapter *a, struct json_t *j, int heads, int64_t width);
+esp_status esp_virtual_config_read(const struct json_t *j, const char *path, esp_adapter_cfg *c);
+
 /* miss.c: for kinds that have one rank, one start and no bias of their own */
 esp_status esp_plain_config_check(const esp_adapter_cfg *c);
 void esp_miss_config_write(const esp_adapter *a, struct json_t *j);

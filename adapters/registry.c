@@ -33,6 +33,7 @@ static const esp_adapter_kind *const kinds[] = {
     &esp_kind_bat,
     &esp_kind_hra,
     &esp_kind_oft,
+    &esp_kind_prompt,
 };
 /* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };

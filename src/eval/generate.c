@@ -100,12 +100,12 @@ esp_status esp_generate(esp_model *m, esp_stack *stack, const esp_ids *prompts, 
   esp_kv *kv = NULL;
   state s = {0};
   const esp_model_desc *d = esp_model_describe(m);
-  int64_t tokens = 0, longest = 0;
+  int64_t tokens = 0, longest = 0, front = esp_model_virtual_tokens(m);
   for (int i = 0; i < n; i++) {
     if (prompts[i].n == 0) return esp_fail(ESP_ERR_DATA, "prompt %d is empty", i + 1);
-    if (prompts[i].n + cfg->max_new_tokens > d->max_positions)
+    if (prompts[i].n + front + cfg->max_new_tokens > d->max_positions)
       return esp_fail(ESP_ERR_DATA, "prompt %d: %lld tokens and %lld new ones exceed the model's %lld positions", i + 1,
-                      (long long)prompts[i].n, (long long)cfg->max_new_tokens, (long long)d->max_positions);
+                      (long long)(prompts[i].n + front), (long long)cfg->max_new_tokens, (long long)d->max_positions);
     tokens += prompts[i].n;
     longest = prompts[i].n > longest ? prompts[i].n : longest;
   }

@@ -58,6 +58,12 @@ static void qk_norm_forward(esp_pass *p, const esp_block *b, esp_tensor qkv, esp
   rope(p, *k, d->kv_heads, false);
 }
 
+/* What an adapter has in the place of keys and values, after the rotation: as if they had come from a cache. */
+static void kv_replaced(esp_pass *p, int layer, esp_tensor k, esp_tensor v) {
+  const esp_adapter_hooks *h = p->run.model->hooks;
+  if (p->run.n_virtual && h && h->kv) h->kv(h->ctx, &p->run, layer, k, v);
+}
+
 static esp_attn_args attn_args(const esp_pass *p, int layer, esp_tensor q, esp_tensor k, esp_tensor v, esp_tensor o,
                                float *lse) {
   const esp_model_desc *d = &p->run.model->d;
@@ -143,6 +149,7 @@ void esp_attention_forward(esp_pass *p, int layer, esp_tensor x, esp_tensor resi
     qk_norm_forward(p, b, s->qkv, s, &q, &k);
   else
     rope(p, esp_tensor_cols_view(&s->qkv, 0, n.q + n.kv), m->d.heads + m->d.kv_heads, false);
+  kv_replaced(p, layer, k, v);
   esp_attn_args a = attn_args(p, layer, q, k, v, s->o, s->lse);
   if (p->kv)
     through_cache(p, layer, &a);
@@ -171,6 +178,7 @@ void esp_attention_backward(esp_pass *p, int layer, esp_saved *s, bool need_dx) 
     esp_saved again = *s; /* statistics are the same bits: do not write them twice */
     again.rstd_q = again.rstd_k = NULL;
     qk_norm_forward(p, b, s->qkv, &again, &q, &k);
+    kv_replaced(p, layer, k, v);
   }
   esp_attn_args a = attn_args(p, layer, q, k, v, s->o, s->lse);
   a.d_o = d_o;
@@ -178,6 +186,8 @@ void esp_attention_backward(esp_pass *p, int layer, esp_saved *s, bool need_dx) 
   a.d_k = b->q_norm ? qk_part(p, ESP_W_QK2, true) : esp_tensor_cols_view(&dqkv, n.q, n.kv);
   a.d_v = esp_tensor_cols_view(&dqkv, n.q + n.kv, n.kv);
   be->ops->attn_bwd(be, &a);
+  const esp_adapter_hooks *h = m->hooks;
+  if (run->n_virtual && h && h->kv_bwd) h->kv_bwd(h->ctx, run, layer, a.d_k, a.d_v);
   if (b->q_norm) {
     int hd = m->d.head_dim;
     rope(p, a.d_q, m->d.heads, true);

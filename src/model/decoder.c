@@ -33,10 +33,11 @@ uint64_t esp_pass_piece(const esp_pass *p, int part, int variant) {
   const esp_adapter_hooks *h = m->hooks;
   uint64_t version = h ? (h->version ? h->version(h->ctx) : 0) : 1;
   if (!run->be->ops->piece_begin || version == 0 || esp_model_streams(m)) return 0;
-  uint64_t facts[16] = {(uint64_t)part,
+  uint64_t facts[17] = {(uint64_t)part,
                         (uint64_t)variant,
                         (uint64_t)p->tokens,
                         p->seqs,
+                        (uint64_t)run->n_virtual,
                         version,
                         (uint64_t)(uintptr_t)h,
                         (uint64_t)run->train,
@@ -53,22 +54,31 @@ uint64_t esp_pass_piece(const esp_pass *p, int part, int variant) {
   return key ? key : 1;
 }
 
-esp_status esp_pass_begin(esp_pass *p, esp_model *m, esp_stack *stack, const esp_batch *b, int64_t head_rows,
+esp_status esp_pass_begin(esp_pass *p, esp_model *m, esp_stack *stack, const esp_virtual *v, int64_t head_rows,
                           bool train) {
+  const esp_batch *b = &v->batch;
   ESP_TRY(esp_model_load_weights(m)); /* loads what an adapter switched off since the last pass leaves to the base */
-  ESP_TRY(esp_work_ensure(m, b->tokens, head_rows, train));
+  ESP_TRY(esp_work_ensure(m, b->tokens, head_rows, v->n, train));
   int64_t last = 0;
   for (int64_t t = 0; t < b->tokens; t++) last = b->positions[t] > last ? b->positions[t] : last;
   ESP_TRY(esp_rope_ensure(m, last + 1));
   int32_t *d_ids = esp_work_ints(m, ESP_INTS_IDS), *d_pos = esp_work_ints(m, ESP_INTS_POS);
   m->be->ops->upload(m->be, d_ids, b->ids, b->tokens * 4);
   m->be->ops->upload(m->be, d_pos, b->positions, b->tokens * 4);
+  int32_t *d_virtual = m->work.buf[ESP_W_VIRTUAL], *d_which = v->n ? d_virtual + v->n : NULL;
+  if (v->n) {
+    m->be->ops->upload(m->be, d_virtual, v->rows, v->n * 4);
+    m->be->ops->upload(m->be, d_which, v->which, v->n * 4);
+  }
   *p = (esp_pass){.run = {.be = m->be,
                           .stack = stack,
                           .model = m,
                           .batch = b,
                           .d_ids = d_ids,
                           .d_positions = d_pos,
+                          .n_virtual = v->n,
+                          .d_virtual = d_virtual,
+                          .d_which = d_which,
                           .draw = (const uint64_t *)((char *)m->work.buf[ESP_W_TOTAL] + ESP_TOTAL_DRAW),
                           .compute = m->opt.compute,
                           .train = train},
@@ -145,13 +155,13 @@ static int lowest_trained(const esp_model *m) {
   return low;
 }
 
-esp_status esp_model_step(esp_model *m, esp_stack *stack, const esp_batch *b, esp_ckpt_mode ckpt, bool train,
-                          float scale, uint64_t seed, int64_t draw, esp_loss_out *out, float *logprob) {
+static esp_status step(esp_model *m, esp_stack *stack, const esp_virtual *v, esp_ckpt_mode ckpt, bool train,
+                       float scale, uint64_t seed, int64_t draw, esp_loss_out *out, float *logprob) {
+  const esp_batch *b = &v->batch;
   esp_pass p;
-  ESP_TRY(esp_batch_check(m, b, true));
   int64_t labelled = 0;
   for (int64_t t = 0; t < b->tokens; t++) labelled += b->weights[t] != 0.0f;
-  ESP_TRY(esp_pass_begin(&p, m, stack, b, labelled ? labelled : 1, train));
+  ESP_TRY(esp_pass_begin(&p, m, stack, v, labelled ? labelled : 1, train));
   p.run.seed = seed;
   uint64_t number = (uint64_t)draw;
   m->be->ops->upload(m->be, (void *)p.run.draw, &number, sizeof number);
@@ -177,8 +187,26 @@ esp_status esp_model_step(esp_model *m, esp_stack *stack, const esp_batch *b, es
   return st == ESP_OK ? m->be->sticky : st;
 }
 
+esp_status esp_model_step(esp_model *m, esp_stack *stack, const esp_batch *b, esp_ckpt_mode ckpt, bool train,
+                          float scale, uint64_t seed, int64_t draw, esp_loss_out *out, float *logprob) {
+  esp_status st = ESP_OK;
+  esp_virtual v;
+  float *all = logprob;
+  ESP_TRY(esp_batch_check(m, b, true));
+  ESP_TRY(esp_virtual_begin(&v, m, b, true));
+  if (logprob && v.n && !(all = esp_mem_alloc(ESP_MEM_HOST, (size_t)v.batch.tokens * sizeof *all)))
+    ESP_GOTO(ESP_ERR_MEMORY);
+  ESP_GOTO(step(m, stack, &v, ckpt, train, scale, seed, draw, out, all));
+  for (int64_t t = 0; all != logprob && t < b->tokens; t++)
+    if (b->weights[t] != 0.0f) logprob[t] = all[v.row_of[t]];
+out:
+  if (all != logprob) esp_mem_free(all);
+  esp_virtual_end(&v);
+  return st;
+}
+
 esp_status esp_model_sums_reset(esp_model *m) {
-  ESP_TRY(esp_work_ensure(m, 0, 0, false));
+  ESP_TRY(esp_work_ensure(m, 0, 0, 0, false));
   m->be->ops->zero(m->be, (char *)m->work.buf[ESP_W_TOTAL] + ESP_TOTAL_SUMS, 16);
   return m->be->sticky;
 }
@@ -194,16 +222,26 @@ esp_status esp_model_sums(esp_model *m, esp_loss_out *out) {
 
 esp_status esp_model_logits(esp_model *m, esp_stack *stack, const esp_batch *b, const int32_t *rows, int n_rows,
                             float *logits) {
+  esp_status st = ESP_OK;
   esp_pass p;
+  esp_virtual v;
+  int32_t *at = NULL;
   ESP_TRY(esp_batch_check(m, b, false));
   for (int i = 0; i < n_rows; i++)
     if (rows[i] < 0 || rows[i] >= b->tokens)
       return esp_fail(ESP_ERR_INTERNAL, "logits: row %d of a batch of %lld", rows[i], (long long)b->tokens);
   if (n_rows <= 0) return ESP_OK;
-  ESP_TRY(esp_pass_begin(&p, m, stack, b, n_rows, false));
+  ESP_TRY(esp_virtual_begin(&v, m, b, false));
+  if (v.n && !(at = esp_mem_alloc(ESP_MEM_HOST, (size_t)n_rows * sizeof *at))) ESP_GOTO(ESP_ERR_MEMORY);
+  for (int i = 0; at && i < n_rows; i++) at[i] = v.row_of[rows[i]];
+  ESP_GOTO(esp_pass_begin(&p, m, stack, &v, n_rows, false));
   int64_t mark = esp_stack_mark(stack);
   esp_decoder_forward(&p, ESP_CKPT_OFF, 0, 0);
-  esp_status st = esp_head_logits(&p, rows, n_rows, logits);
+  st = esp_head_logits(&p, at ? at : rows, n_rows, logits);
   esp_stack_release(stack, mark);
-  return st == ESP_OK ? esp_backend_sync(m->be) : st;
+  if (st == ESP_OK) st = esp_backend_sync(m->be);
+out:
+  esp_mem_free(at);
+  esp_virtual_end(&v);
+  return st;
 }

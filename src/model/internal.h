@@ -58,10 +58,11 @@ typedef enum esp_work_id {
   ESP_W_QK0,    /* QK-norm: three contiguous [q | k] buffers */
   ESP_W_QK1,
   ESP_W_QK2,
-  ESP_W_LOGITS, /* fp32 [chunk, vocab], then their gradients */
-  ESP_W_STAT,   /* rstd and mean of the final norm */
-  ESP_W_IDS,    /* ids, positions, rows, targets, weights, logprob: [tokens] of 4 bytes each */
-  ESP_W_TOTAL,  /* the sums of the loss (two doubles), the draw of dropout */
+  ESP_W_LOGITS,  /* fp32 [chunk, vocab], then their gradients */
+  ESP_W_STAT,    /* rstd and mean of the final norm */
+  ESP_W_IDS,     /* ids, positions, rows, targets, weights, logprob: [tokens] of 4 bytes each */
+  ESP_W_VIRTUAL, /* rows of virtual tokens, and which each is: 2 x [n] of 4 bytes */
+  ESP_W_TOTAL,   /* the sums of the loss (two doubles), the draw of dropout */
   ESP_W_COUNT
 } esp_work_id;
 typedef struct esp_work {
@@ -119,6 +120,17 @@ typedef struct esp_pass {
   int32_t *d_rows;
 } esp_pass;
 
+/* A batch with the virtual tokens of the active adapters in it; the caller's own where there are none. */
+typedef struct esp_virtual {
+  esp_batch batch;
+  int64_t n;             /* virtual rows */
+  int32_t *rows, *which; /* [n]: where they lie, which row of the adapter each is */
+  int32_t *row_of;       /* where the caller's tokens lie; NULL: where they were */
+  int32_t *ids, *positions, *targets, *cu;
+  float *weights;
+  void *block;
+} esp_virtual;
+
 /* desc.c: ESP_ERR_DATA with a message that stays one line whatever names the files bring. */
 esp_status esp_model_refuse(const char *fmt, ...) ESP_PRINTF(1, 2);
 
@@ -145,7 +157,7 @@ void esp_rope_inv_freq(const esp_model_desc *d, float *inv); /* [rot/2] */
 esp_status esp_rope_ensure(esp_model *m, int64_t positions);
 
 /* work.c */
-esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, bool train);
+esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, int64_t n_virtual, bool train);
 void esp_work_release(esp_model *m);
 esp_tensor esp_work_tensor(const esp_model *m, esp_work_id id, int64_t rows, int64_t cols);
 int64_t esp_head_chunk(const esp_model *m, int64_t rows); /* rows of logits that exist at a time */
@@ -185,9 +197,14 @@ void esp_mlp_backward(esp_pass *p, int layer, esp_saved *s);
 esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, double *weight_sum, float *logprob);
 esp_status esp_head_logits(esp_pass *p, const int32_t *rows, int64_t n, float *logits);
 
+/* virtual.c. labelled: sequences without a label stay as they are. */
+esp_status esp_virtual_begin(esp_virtual *v, const esp_model *m, const esp_batch *b, bool labelled);
+void esp_virtual_end(esp_virtual *v);
+
 /* decoder.c */
 esp_status esp_batch_check(const esp_model *m, const esp_batch *b, bool labels);
-esp_status esp_pass_begin(esp_pass *p, esp_model *m, esp_stack *stack, const esp_batch *b, int64_t head_rows,
+/* v lives as long as the pass. */
+esp_status esp_pass_begin(esp_pass *p, esp_model *m, esp_stack *stack, const esp_virtual *v, int64_t head_rows,
                           bool train);
 /* piece: what esp_pass_piece answered, 0: none; pair: the backward's. Leaves the residual stream in ESP_W_Y. */
 void esp_decoder_forward(esp_pass *p, esp_ckpt_mode ckpt, uint64_t piece, uint64_t pair);

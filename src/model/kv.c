@@ -5,6 +5,7 @@
 
 esp_status esp_kv_create(esp_model *m, int batch, int64_t max_len, esp_kv **out) {
   *out = NULL;
+  if (max_len > 0) max_len += esp_model_virtual_tokens(m);
   if (batch <= 0 || max_len <= 0) return esp_fail(ESP_ERR_INTERNAL, "a cache of %d x %lld", batch, (long long)max_len);
   if (m->d.pos == ESP_POS_LEARNED && max_len > m->d.max_positions)
     return esp_fail(ESP_ERR_DATA, "%s: %lld tokens do not fit the model's %lld learned positions", m->dir,
@@ -35,17 +36,16 @@ void esp_kv_destroy(esp_kv *kv) {
   esp_mem_free(kv);
 }
 
-/* The pass over `b`; cache rows of its tokens and the rows whose logits are wanted are host arrays. */
-static esp_status cached_pass(esp_kv *kv, esp_stack *stack, const esp_batch *b, bool decode, const int32_t *cache_rows,
-                              const int32_t *rows, int n_rows, float *logits) {
+/* The pass over a checked batch; cache rows of its tokens and the rows whose logits are wanted are host arrays. */
+static esp_status cached_pass(esp_kv *kv, esp_stack *stack, const esp_virtual *v, bool decode,
+                              const int32_t *cache_rows, const int32_t *rows, int n_rows, float *logits) {
   esp_model *m = kv->model;
   esp_pass p;
-  ESP_TRY(esp_batch_check(m, b, false));
-  ESP_TRY(esp_pass_begin(&p, m, stack, b, n_rows, false));
+  ESP_TRY(esp_pass_begin(&p, m, stack, v, n_rows, false));
   p.kv = kv;
   p.decode = decode;
   p.d_rows = esp_work_ints(m, ESP_INTS_TARGETS); /* there are no targets here */
-  m->be->ops->upload(m->be, p.d_rows, cache_rows, b->tokens * 4);
+  m->be->ops->upload(m->be, p.d_rows, cache_rows, v->batch.tokens * 4);
   int64_t mark = esp_stack_mark(stack);
   esp_decoder_forward(&p, ESP_CKPT_OFF, decode ? esp_pass_piece(&p, ESP_PIECE_FORWARD, 0) : 0, 0);
   esp_status st = esp_head_logits(&p, rows, n_rows, logits);
@@ -57,15 +57,17 @@ esp_status esp_model_prefill(esp_model *m, esp_stack *stack, esp_kv *kv, const e
   if (prompts->n_seqs > kv->batch)
     return esp_fail(ESP_ERR_INTERNAL, "%d prompts for a cache of %d", prompts->n_seqs, kv->batch);
   esp_status st = ESP_OK;
-  int32_t *rows = esp_mem_alloc(ESP_MEM_HOST, (size_t)(prompts->tokens + prompts->n_seqs) * sizeof *rows);
-  if (!rows) return ESP_ERR_MEMORY;
-  int32_t *last = rows + prompts->tokens;
-  for (int b = 0; b < prompts->n_seqs; b++) {
-    int32_t first = prompts->cu_seqlens[b], n = prompts->cu_seqlens[b + 1] - first;
-    if (n <= 0 || n > kv->max_len) {
-      st = esp_fail(ESP_ERR_DATA, "prompt %d has %d tokens, the cache holds %lld", b, n, (long long)kv->max_len);
-      goto out;
-    }
+  esp_virtual v;
+  ESP_TRY(esp_batch_check(m, prompts, false));
+  ESP_TRY(esp_virtual_begin(&v, m, prompts, false));
+  const esp_batch *all = &v.batch;
+  int32_t *rows = esp_mem_alloc(ESP_MEM_HOST, (size_t)(all->tokens + all->n_seqs) * sizeof *rows);
+  if (!rows) ESP_GOTO(ESP_ERR_MEMORY);
+  int32_t *last = rows + all->tokens;
+  for (int b = 0; b < all->n_seqs; b++) {
+    int32_t first = all->cu_seqlens[b], n = all->cu_seqlens[b + 1] - first;
+    if (n <= 0 || n > kv->max_len)
+      ESP_GOTO(esp_fail(ESP_ERR_DATA, "prompt %d has %d tokens, the cache holds %lld", b, n, (long long)kv->max_len));
     for (int32_t i = 0; i < n; i++) rows[first + i] = (int32_t)(b * kv->max_len) + i;
     last[b] = first + n - 1;
     kv->lens[b] = n;
@@ -73,9 +75,10 @@ esp_status esp_model_prefill(esp_model *m, esp_stack *stack, esp_kv *kv, const e
   }
   kv->adapters = prompts->adapters ? kv->lens + kv->batch : NULL;
   kv->filled = prompts->n_seqs;
-  st = cached_pass(kv, stack, prompts, false, rows, last, prompts->n_seqs, logits);
+  st = cached_pass(kv, stack, &v, false, rows, last, prompts->n_seqs, logits);
 out:
   esp_mem_free(rows);
+  esp_virtual_end(&v);
   return st;
 }
 
@@ -97,9 +100,14 @@ esp_status esp_model_decode(esp_model *m, esp_stack *stack, esp_kv *kv, const in
   }
   cu[n] = n;
   for (int b = 0; b < n; b++) kv->lens[b]++;
-  esp_batch batch = {
-      .tokens = n, .ids = ids, .positions = pos, .cu_seqlens = cu, .n_seqs = n, .adapters = kv->adapters};
-  st = cached_pass(kv, stack, &batch, true, rows, each, n, logits);
+  esp_virtual next = {.batch = {.tokens = n,
+                                .ids = ids,
+                                .positions = pos,
+                                .cu_seqlens = cu,
+                                .n_seqs = n,
+                                .adapters = kv->adapters}}; /* virtual tokens are in the cache already */
+  st = esp_batch_check(m, &next.batch, false);
+  if (st == ESP_OK) st = cached_pass(kv, stack, &next, true, rows, each, n, logits);
 out:
   esp_mem_free(block);
   return st;

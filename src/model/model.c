@@ -79,6 +79,9 @@ int esp_model_groups(const esp_model *m, esp_group ***groups) {
 esp_site *esp_model_find_site(const esp_model *m, const char *path) {
   return esp_map_get(m->by_path, path, strlen(path));
 }
+esp_site *esp_model_embedding(const esp_model *m) {
+  return m->embed;
+}
 const char *esp_model_dir(const esp_model *m) {
   return m->dir;
 }

@@ -85,11 +85,17 @@ typedef struct esp_run { /* what every part needs while a step runs */
   esp_dtype compute;
   bool train; /* keep what backward needs */
   uint64_t seed;
+  /* Virtual tokens: the rows of the batch that an adapter put there, and which of its rows each is; backend memory
+   * [n_virtual]. */
+  int64_t n_virtual;
+  const int32_t *d_virtual, *d_which;
   /* Dropout: *draw (backend memory) is unique per (optimizer step, micro-batch) and the same when recomputed; `part`
    * sets the chunks of the head apart. */
   const uint64_t *draw;
   int64_t part;
 } esp_run;
+
+enum { ESP_EVERY_ADAPTER = -2 }; /* in the place of an adapter that a sequence chose: all that are active */
 
 /* What the model calls around each group and the other sites; implemented once in adapters/attach.c over the kinds. */
 typedef struct esp_adapter_hooks {
@@ -114,6 +120,12 @@ typedef struct esp_adapter_hooks {
   /* EMBED: y is the embedding output [T, dim], ids on the backend. */
   void (*embed)(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor y, void **slot);
   void (*embed_bwd)(void *ctx, esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy, void **slot);
+  /* Rows that are put in front of a sequence whose choice is `adapter`, and the rotated keys and values [T, kv_heads *
+   * head_dim] of a layer, which the rows of run->d_virtual may replace: their gradients are then taken out of dk, dv.
+   */
+  int64_t (*virtual_tokens)(void *ctx, int adapter);
+  void (*kv)(void *ctx, esp_run *run, int layer, esp_tensor k, esp_tensor v);
+  void (*kv_bwd)(void *ctx, esp_run *run, int layer, esp_tensor dk, esp_tensor dv);
   /* Any of the above may be NULL (without output_bwd the model saves a copy of the residual gradient per block part).
    * x in the backward hooks is the group's own input, as it was before `input`.
    * How far down backward has to go: the lowest block with a trained adapter; -1: an embedding is adapted; the number
@@ -150,6 +162,7 @@ esp_backend *esp_model_backend(const esp_model *m);
 esp_dtype esp_model_compute(const esp_model *m);
 int esp_model_sites(const esp_model *m, esp_site ***sites);
 int esp_model_groups(const esp_model *m, esp_group ***groups);
+esp_site *esp_model_embedding(const esp_model *m); /* of the tokens */
 esp_site *esp_model_find_site(const esp_model *m, const char *path);
 /* Reads a stored tensor as fp32 [out, in] (transposed back for Conv1D) into host memory: inits, merge, export. */
 esp_status esp_site_read_weight(const esp_model *m, const esp_site *s, float *out);
@@ -189,6 +202,9 @@ esp_status esp_model_sums(esp_model *m, esp_loss_out *out);
 /* fp32 logits of chosen rows (host [n_rows, vocab]) for tests, verification and `merge --verify`. */
 esp_status esp_model_logits(esp_model *m, esp_stack *stack, const esp_batch *b, const int32_t *rows, int n_rows,
                             float *logits);
+
+/* Rows that the active adapters put in front of a sequence: they take positions of the model and room in a cache. */
+int64_t esp_model_virtual_tokens(const esp_model *m);
 
 /* ---- generation: batched, with a KV cache ---- */
 typedef struct esp_kv esp_kv;

@@ -23,7 +23,7 @@ static int64_t max3(int64_t a, int64_t b, int64_t c) {
   return ab > c ? ab : c;
 }
 
-esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, bool train) {
+esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, int64_t n_virtual, bool train) {
   const esp_model_desc *d = &m->d;
   int64_t size = (int64_t)esp_dtype_size(m->opt.compute);
   int64_t q = (int64_t)d->heads * d->head_dim, kv = (int64_t)d->kv_heads * d->head_dim;
@@ -41,6 +41,7 @@ esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, bool
       [ESP_W_LOGITS] = chunk * esp_logits_stride(m) * 4,
       [ESP_W_STAT] = 2 * tokens * 4,
       [ESP_W_IDS] = ESP_INTS_COUNT * tokens * 4,
+      [ESP_W_VIRTUAL] = 2 * n_virtual * 4,
       [ESP_W_TOTAL] = ESP_TOTAL_BYTES,
   };
   for (int i = 0; i < ESP_W_COUNT; i++) {

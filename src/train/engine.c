@@ -51,6 +51,28 @@ void esp_engine_deinit(esp_engine *e) {
   memset(e, 0, sizeof *e);
 }
 
+/* The tokens of the text that a prompt starts as. */
+static esp_status prompt_tokens(const esp_engine *e, const char *base, esp_adapter_cfg *cfg, esp_ids *ids) {
+  esp_tokenizer *tok = NULL;
+  esp_status st = esp_tokenizer_load(e->r->model.tokenizer ? e->r->model.tokenizer : base, &tok);
+  if (st == ESP_OK) st = esp_tokenizer_encode(tok, cfg->prompt_text, strlen(cfg->prompt_text), true, ids);
+  esp_tokenizer_destroy(tok);
+  cfg->prompt_ids = ids->data;
+  cfg->n_prompt_ids = (int)ids->n;
+  return st;
+}
+
+static esp_status adapter_create(esp_engine *e, const char *base, const esp_adapter_cfg *cfg, bool trainable) {
+  esp_status st = ESP_OK;
+  esp_adapter_cfg own = *cfg;
+  esp_ids ids = {0};
+  if (cfg->prompt_text && cfg->prompt_text[0]) ESP_GOTO(prompt_tokens(e, base, &own, &ids));
+  st = esp_adapter_create(e->model, &own, "default", trainable, &e->adapter);
+out:
+  esp_ids_deinit(&ids);
+  return st;
+}
+
 esp_status esp_engine_load(esp_engine *e, const char *base, const esp_adapter_cfg *cfg, const char *adapter_dir,
                            bool trainable) {
   esp_engine_unload(e);
@@ -59,7 +81,7 @@ esp_status esp_engine_load(esp_engine *e, const char *base, const esp_adapter_cf
   if (adapter_dir)
     ESP_TRY(esp_adapter_load(e->model, adapter_dir, "default", trainable, &e->adapter));
   else if (cfg)
-    ESP_TRY(esp_adapter_create(e->model, cfg, "default", trainable, &e->adapter));
+    ESP_TRY(adapter_create(e, base, cfg, trainable));
   if (e->adapter) ESP_TRY(esp_adapters_activate(e->model, &e->adapter, 1));
   ESP_TRY(esp_model_load_weights(e->model));
   ESP_TRY(esp_backend_sync(e->be));

@@ -36,23 +36,26 @@ int64_t esp_memory_limit(const esp_recipe *r) {
   return (int64_t)((double)(machine / ranks) * r->memory.limit_share);
 }
 
-/* A micro-batch of the task's largest size. Its contents do not matter: nothing is computed. */
+/* A micro-batch of the task's largest size. Its contents do not matter: nothing is computed. One long sequence, and in
+ * front of it as many of one token as virtual tokens make a difference for. */
 static esp_status largest(esp_engine *e, const esp_task_steps *c, esp_ckpt_mode ckpt) {
   size_t n = (size_t)c->max_tokens;
+  int seqs = esp_model_virtual_tokens(e->model) ? (int)c->max_sequences : 1;
   esp_status st = ESP_OK;
-  int32_t *ids = calloc(3 * n, sizeof *ids);
+  int32_t *ids = calloc(4 * n + 1, sizeof *ids), *cu = ids + 3 * n;
   float *weights = calloc(n, sizeof *weights);
   if (!ids || !weights) ESP_GOTO(esp_fail_oom("a plan's batch", 16 * n));
   for (int64_t i = 0; i < c->max_trained; i++) weights[i] = 1.0f;
   for (size_t i = 0; i < n; i++) ids[2 * n + i] = 0;
-  int32_t cu[2] = {0, (int32_t)n};
+  for (int s = 0; s < seqs; s++) cu[s] = s;
+  cu[seqs] = (int32_t)n;
   esp_batch b = {.tokens = (int64_t)n,
                  .ids = ids,
                  .targets = ids + n,
                  .positions = ids + 2 * n,
                  .weights = weights,
                  .cu_seqlens = cu,
-                 .n_seqs = 1};
+                 .n_seqs = seqs};
   esp_loss_out loss;
   ESP_GOTO(esp_model_step(e->model, &e->stack, &b, ckpt, true, 1.0f, 0, 0, &loss, NULL));
   ESP_GOTO(esp_backend_sync(e->be));

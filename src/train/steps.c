@@ -3,6 +3,17 @@
 
 #include "train/train.h"
 
+/* Sequences with a loss: those that virtual tokens stand in front of. */
+static int64_t labelled_sequences(const esp_rows *rows) {
+  int64_t n = 0;
+  for (int s = 0; s < rows->n_seqs; s++) {
+    bool any = false;
+    for (int32_t t = rows->cu_seqlens[s]; t < rows->cu_seqlens[s + 1] && !any; t++) any = rows->weights[t] != 0.0f;
+    n += any;
+  }
+  return n;
+}
+
 static esp_status measure_epoch(const esp_packs *p, const esp_recipe_train *t, esp_rows *rows, int64_t row_limit,
                                 esp_task_steps *out) {
   int64_t n = esp_packs_count(p) < row_limit ? esp_packs_count(p) : row_limit;
@@ -13,6 +24,8 @@ static esp_status measure_epoch(const esp_packs *p, const esp_recipe_train *t, e
     for (int64_t i = 0; i < rows->tokens; i++) trained += rows->weights[i] != 0.0f;
     if (tokens > out->max_tokens) out->max_tokens = tokens;
     if (trained > out->max_trained) out->max_trained = trained;
+    int64_t seqs = labelled_sequences(rows);
+    if (seqs > out->max_sequences) out->max_sequences = seqs;
     out->tokens += tokens;
   }
   return ESP_OK;

@@ -52,6 +52,7 @@ typedef struct esp_task_steps {
   int64_t samples, rows, steps; /* rows of epoch 0 */
   int64_t max_tokens;           /* largest micro-batch, padded */
   int64_t max_trained;          /* most rows with a loss in one micro-batch */
+  int64_t max_sequences;        /* most sequences with such rows in one */
   int64_t tokens;               /* of the task, padding included, all ranks */
   double weight;                /* of epoch 0 */
 } esp_task_steps;

@@ -22,6 +22,7 @@ typedef struct row {
 #define LOHA .type = "loha", .r = 3, .alpha = 60, .seed = 5
 #define LOTR .type = "lotr", .r = 3, .alpha = 2, .seed = 5
 #define PMSS .type = "pmss", .r = 5, .alpha = 60, .seed = 5
+#define PROMPT .type = "prompt", .seed = 5
 #define HUT .type = "hut", .r = 3, .alpha = 6, .seed = 5
 #define LOKR .type = "lokr", .r = 2, .alpha = 20, .seed = 5
 
@@ -223,6 +224,12 @@ static const row rows[] = {
      "qwen",
      {PMSS, .pmss_select = "uniform", NAMES("q_proj", "v_proj", "down_proj"),
       .rank_pattern = (const esp_pattern[]){{"v_proj", 2}}, .n_rank_pattern = 1},
+     false},
+    {"prompt", "qwen", {PROMPT, .virtual_tokens = 5}, false},
+    {"prompt before positions", "gpt2", {PROMPT, .prompt_init = "random", .virtual_tokens = 3}, false},
+    {"prompt of a text, tied",
+     "llama",
+     {PROMPT, .prompt_text = "x", .prompt_ids = (const int32_t[]){7, 30, 2}, .n_prompt_ids = 3},
      false},
     {"hut", "qwen", {HUT, NAMES("all-linear")}, false},
     {"hut conv1d", "gpt2", {HUT, NAMES("c_attn", "c_proj", "c_fc")}, false},

@@ -63,6 +63,10 @@ static void identity(void **state) {
       assert_true(d > 1e-3);
       d = 0;
     }
+    if (a->kind->virtual_tokens) { /* no row in front of a sequence is nothing */
+      assert_true(d > 1e-3);
+      d = 0;
+    }
     if (!(d <= limit)) fail_msg("%s: %g away from the base at the start", rows[i].name, d);
     esp_adapter_destroy(a);
     fx_close(&r);
@@ -123,6 +127,11 @@ static void merged(void **state) {
     fx_run r;
     fx_open(&r, fx_path(rows[i].base), ESP_F32, false);
     esp_adapter *a = attach(&r, &rows[i], "default", true);
+    if (!a->kind->mergeable) {
+      esp_adapter_destroy(a);
+      fx_close(&r);
+      continue;
+    }
     fx_shake(a, 0.1f, 17);
     fx_logits(&r, &f.b, y);
     write_merged(&r, &a, 1, fx_path("merged"), esp_model_describe(r.m)->tied);

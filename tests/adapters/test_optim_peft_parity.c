@@ -48,6 +48,8 @@ static const struct {
     {"oft_shared", "mistral", true},
     {"oft_blocks", "mistral", true},
     {"coft", "llama", true},
+    {"prompt", "qwen3", true},
+    {"prompt_positions", "gpt2", true},
 };
 
 static const char *golden(const char *what, const char *name) {

@@ -108,6 +108,13 @@ bad "export of a kind without low-rank form" 2 "type mora has no exact low-rank 
 bad "adapter with modules in full, per prompt" 2 "adapter 'default' \(lora\) trains model.norm in full: it cannot be chosen per row" "$tune 'adapter.modules_to_save=[model.norm]' >log 2>&1" generate -m model -a in/adapters/a -p x -u 1
 bad "merge of two multiplicative adapters" 2 "adapters 'merge0' \(oft\) and 'merge1' \(oft\) cannot both be active on" "$tune adapter.type=oft --set adapter.oft_block_size=4 >log 2>&1" merge -b model -a in/adapters/a -a in/adapters/a -o out
 bad "sum of factors of a kind that has none" 2 "type oft has no low-rank factors on" "$tune adapter.type=oft --set adapter.oft_block_size=4 >log 2>&1" merge -b model -a in/adapters/a -o out --combine linear
+prompt="$tune adapter.type=prompt --set adapter.virtual_tokens=4 >log 2>&1"
+bad "merge of a prompt" 2 "^in/adapters/a: an adapter of type prompt cannot be merged" "$prompt" merge -b model -a in/adapters/a -o out
+bad "combination with a prompt" 2 "prompt" "$prompt" merge -b model -a in/adapters/a -a $ad -o out --combine cat
+bad "export of a prompt" 2 "in/adapters/a: an adapter of type prompt has no matrix form" "$prompt" export -b model -a in/adapters/a -o out --as lora
+bad "dora with prompt" 2 "adapters '.*' \(dora\) and '.*' \(prompt\) cannot both be active" "$prompt; mv in p; $tune adapter.type=dora >log 2>&1" generate -m model -a in/adapters/a -a p/adapters/a -p x
+bad "prompt with prompt" 2 "adapters '.*' \(prompt\) and '.*' \(prompt\) cannot both be active" "$prompt" generate -m model -a in/adapters/a -a in/adapters/a -p x
+bad "a prompt for an encoder" 3 "^in/adapters/a/adapter_config.json: key 'num_transformer_submodules' is 2" "$prompt; edit 's/\(submodules\": \)1/\12/' in/adapters/a/adapter_config.json" generate -m model -a in/adapters/a -p x
 bad "extract with rank 0" 2 "--rank: expected an integer from 1" $no extract -b model -t model -o out -r 0
 bad "unknown colour mode" 2 "--color: 'blue' is not one of" $no data r.yaml --color blue
 bad "adapter that a prompt cannot use" 2 "--use: '2' is none of the adapters 1 to 1, or 0 for the base" $no generate -m model -a $ad -p x -u 2
@@ -216,6 +223,12 @@ bad "an unknown choice of rows" 2 "adapter.pmss_select: 'leverage' is not one of
 bad "hut with trained biases" 2 "adapter.bias: type hut scales biases already" $no run r.yaml adapter.type=hut adapter.bias=all
 bad "a square matrix wider than the module" 2 "adapter.r: the square matrix of mora would be [0-9]+ wide" $no run r.yaml adapter.type=mora adapter.r=4000
 bad "mora of a scaled kind" 2 "adapter.rslora: is for lora" $no run r.yaml adapter.type=mora adapter.rslora=true
+bad "a prompt of no text" 2 "adapter.prompt_text: prompt_init text needs one" $no run r.yaml adapter.type=prompt adapter.prompt_init=text
+bad "a text that is not read" 2 "adapter.prompt_text: is read with prompt_init text only" $no run r.yaml adapter.type=prompt adapter.prompt_init=random adapter.prompt_text=x
+bad "a prompt with dropout" 2 "adapter.dropout: prompt has none" $no run r.yaml adapter.type=prompt adapter.dropout=0.1
+bad "a prompt with modules in full" 2 "adapter.modules_to_save: prompt trains nothing of the base" $no run r.yaml adapter.type=prompt 'adapter.modules_to_save=[model.norm]'
+bad "a prompt that leaves no room" 2 "adapter.virtual_tokens: 60000 leave no room in the base's [0-9]+ positions" $no run r.yaml adapter.type=prompt adapter.virtual_tokens=60000
+bad "virtual tokens of another kind" 2 "adapter.virtual_tokens: is read by prompt" $no run r.yaml adapter.virtual_tokens=8
 bad "more heads than there are" 2 "adapter.s2ft_heads: must be in 1 to [0-9]+, the heads of the base, is 99" $no run r.yaml adapter.type=s2ft adapter.s2ft_heads=99 adapter.s2ft_channels=4
 bad "more channels than there are" 2 "adapter.s2ft_channels: must be in 1 to [0-9]+, the channels of the base, is 9999" $no run r.yaml adapter.type=s2ft adapter.s2ft_channels=9999
 bad "slabs of the output head" 2 "adapter.target: lm_head has neither heads nor channels" $no run r.yaml adapter.type=s2ft adapter.s2ft_channels=4 'adapter.target=[lm_head]'

@@ -70,6 +70,8 @@ CASES = [
                               tfinal=0, deltaT=2), True),
     ("adalora_final", "qwen3", dict(kind="AdaLoraConfig", init_r=4, target_r=1, lora_alpha=30, target_modules=ALL, total_step=20,
                                     tinit=3, tfinal=5, deltaT=3, orth_reg_weight=0.0), True),
+    ("prompt", "qwen3", dict(kind="PromptTuningConfig", num_virtual_tokens=5), True),
+    ("prompt_positions", "gpt2", dict(kind="PromptTuningConfig", num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"), True),
 ]
 LENGTHS = [11, 17]
 
@@ -100,7 +102,7 @@ def batches(vocab, seed):
 
 def forward(model, batch, cu):
     ids, targets, weights = batch
-    logits = torch.cat([model(input_ids=ids[None, a:b]).logits[0] for a, b in zip(cu, cu[1:])])
+    logits = torch.cat([model(input_ids=ids[None, a:b]).logits[0, a - b:] for a, b in zip(cu, cu[1:])])
     nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return logits, (weights * nll).sum() / weights.sum()
 
@@ -113,6 +115,8 @@ def penalty(model):
 
 def file_state(model, values):
     """The keys of the adapter file, with the given tensors (by parameter name) in the place of the parameters."""
+    if model.active_peft_config.is_prompt_learning:
+        return {"prompt_embeddings": values["prompt_encoder.default.embedding.weight"]}
     state = model.state_dict()
     state = {k: values.get(k, torch.zeros_like(v)) for k, v in state.items()}
     return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
