@@ -301,6 +301,7 @@ static const esp_key continual_keys[] = {
     {"strategy", ESP_T_STRINGS, LIST(continual.strategy.names, continual.strategy.n), .def = "[]",
      .flags = ESP_K_COMMON, .names = esp_strategy_names, .aliases = "strategies",
      .help = "what is done against forgetting, one or several that act in this order"},
+    {"replay", ESP_T_OBJECT, .object = &esp_schema_replay},
     {"l2", ESP_T_OBJECT, .object = &esp_schema_l2},
 };
 

@@ -16,6 +16,6 @@
 #define SECTION_OBJECT(n, h) static const esp_object n##_object = {#n, h, n##_keys, COUNT(n##_keys), 0}
 
 /* schema_strategies.c: the keys of each strategy, continual.<its name>. */
-extern const esp_object esp_schema_l2;
+extern const esp_object esp_schema_replay, esp_schema_l2;
 
 #endif

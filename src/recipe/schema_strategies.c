@@ -3,6 +3,22 @@
 
 #define STRATEGY(n, h) const esp_object esp_schema_##n = {#n, h, n##_keys, COUNT(n##_keys), 0}
 
+static const esp_key replay_keys[] = {
+    {"buffer", ESP_T_SHARE, AT(continual.strategy.replay.buffer), .def = "1%", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e9),
+     .help = "samples kept of all finished tasks together, or a percentage of each one's"},
+    {"buffer_bytes", ESP_T_INT, AT(continual.strategy.replay.bytes), .def = "any", RANGE(1, BIG), .word = "any",
+     .help = "most bytes that their tokens and weights take"},
+    {"sampler", ESP_T_WORD, AT(continual.strategy.replay.sampler), .def = "reservoir",
+     WORDS("reservoir", "balanced", "loss"),
+     .help = "which are kept: any, as many of each label, those of the largest loss"},
+    {"ratio", ESP_T_NUMBER, AT(continual.strategy.replay.ratio), .def = "auto",
+     .flags = ESP_K_ABOVE_MIN | ESP_K_BELOW_MAX, RANGE(0, 1), .word = "auto",
+     .help = "share of a step's samples that are replayed; auto: each kept one once per epoch"},
+    {"weight", ESP_T_NUMBER, AT(continual.strategy.replay.weight), .def = "1", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e6),
+     .help = "of the loss of replayed tokens"},
+};
+STRATEGY(replay, "Strategy replay: rows of earlier tasks are trained beside those of the present one.");
+
 static const esp_key l2_keys[] = {
     {"weight", ESP_T_NUMBER, AT(continual.strategy.l2.weight), .def = "1", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e12),
      .help = "lambda of lambda/2 |theta - theta_previous|^2"},

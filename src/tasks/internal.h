@@ -4,6 +4,7 @@
 
 #include "tasks/strategy.h"
 
+extern const esp_strategy_kind esp_strategy_replay;
 extern const esp_strategy_kind esp_strategy_l2;
 
 #endif

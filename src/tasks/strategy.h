@@ -25,6 +25,13 @@ typedef struct esp_strategy_cfg {
   const char *const *names; /* in order */
   int n;
   struct {
+    double buffer; /* what is kept and how it is chosen: tasks/memory.h */
+    int64_t bytes;
+    const char *sampler;
+    double ratio;  /* share of a step's samples that are replayed; 0: each kept sample once per pass over the task */
+    double weight; /* of the loss of replayed tokens */
+  } replay;
+  struct {
     double weight; /* lambda: weight/2 * |theta - theta_previous|^2 */
   } l2;
 } esp_strategy_cfg;
@@ -45,6 +52,7 @@ typedef struct esp_sequence {
   int task, n_tasks;
   int64_t micro_batch; /* rows of one micro-batch of the present task */
   int64_t max_tokens;  /* of its largest micro-batch, padded */
+  int64_t epoch_steps; /* optimizer steps of one pass over its data */
   esp_ckpt_mode ckpt;
   uint64_t seed;
   void *ctx; /* of `generate` */

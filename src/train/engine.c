@@ -137,6 +137,8 @@ esp_status esp_engine_task(esp_engine *e, int task, const esp_task_steps *steps)
   q->task = task;
   q->micro_batch = e->r->tasks[task].train.micro_batch_size;
   q->max_tokens = steps->max_tokens;
+  int64_t span = q->micro_batch * e->r->tasks[task].train.gradient_accumulation_steps * e->comm->size;
+  q->epoch_steps = (steps->rows + span - 1) / span;
   if (!e->opened) ESP_TRY(esp_strategies_open(&e->strategies, q));
   e->opened = true;
   return esp_strategies_task_begin(&e->strategies, q);

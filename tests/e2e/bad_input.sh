@@ -299,6 +299,13 @@ bad "sweep over an order of other tasks" 2 "no task is named 'zz'" $no sweep r.y
 bad "sweep over two recipes of one name" 2 "two recipes are called 'r'" "cp r.yaml empty/r.yaml" sweep r.yaml empty/r.yaml --out out
 bad "sweep into a file" 3 "a.jsonl" $no sweep r.yaml --out a.jsonl/x
 bad "order with a task twice" 2 "continual.order: 'a' stands twice" $no run r.yaml 'continual.order=[a, a]'
+bad "strategy that is none" 2 "continual.strategy: 'ewk' is not one of" $no run r.yaml continual.strategy=ewk
+bad "strategy named twice" 2 "continual.strategy: l2 is named twice" $no run r.yaml 'continual.strategy=[l2, l2]'
+bad "values held for ranks that move" 2 "l2 holds a value for each parameter" $no run r.yaml continual.strategy=l2 adapter.type=adalora
+bad "values held for adapters that come and go" 2 "l2 needs one adapter through all tasks" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=l2 continual.policy=new_per_task
+bad "replay with one task" 2 "replay has nothing to replay with one task" $no run r.yaml continual.strategy=replay
+bad "replay of half a sample" 2 "replay.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=replay continual.replay.buffer=1.5
+bad "replay of nothing but the past" 2 "continual.replay.ratio.*1" $no run r.yaml continual.strategy=replay continual.replay.ratio=1
 bad "inspect nothing" 3 "nothere" $no inspect nothere
 bad "resume of another recipe" 2 "recipe" "edit 's/^  lr: .*/  lr: 0.5/' run/recipe.yaml" resume run
 bad "unknown instruction set" 5 "ESPALIER_ISA=vax" "export ESPALIER_ISA=vax" run r.yaml

@@ -32,7 +32,7 @@ typedef struct sf { /* one run in the making */
   esp_sequence q;
 } sf;
 
-/* Once per program, after fx_setup. */
+/* Once per program, after fx_setup. The third task is a classification with 9 rows of one label and 3 of another. */
 static inline void sf_setup(void) {
   static const char *const word[SF_TASKS][4] = {
       {"red", "green", "blue", "grey"}, {"one", "two", "three", "four"}, {"cat", "dog", "owl", "bee"}};
@@ -42,8 +42,11 @@ static inline void sf_setup(void) {
     char rows[8192], name[32];
     size_t m = 0;
     for (int i = 0; i < SF_SAMPLES; i++)
-      m += (size_t)snprintf(rows + m, sizeof rows - m, "{\"prompt\":\"say %s %d\",\"completion\":\" %s %s\"}\n",
-                            word[t][i % 4], i, word[t][(i + 1) % 4], i % 3 ? "now" : "then, please");
+      m += t == 2
+               ? (size_t)snprintf(rows + m, sizeof rows - m, "{\"text\":\"a %s, %d\",\"label\":\"%s\"}\n",
+                                  word[t][i % 4], i, i % 4 ? "often" : "rare")
+               : (size_t)snprintf(rows + m, sizeof rows - m, "{\"prompt\":\"say %s %d\",\"completion\":\" %s %s\"}\n",
+                                  word[t][i % 4], i, word[t][(i + 1) % 4], i % 3 ? "now" : "then, please");
     snprintf(name, sizeof name, "task%d.jsonl", t);
     OK(esp_file_write_atomic(fx_path(name), rows, m));
     n += (size_t)snprintf(text + n, sizeof text - n, "%s", rows);
@@ -90,6 +93,7 @@ static inline void sf_open(sf *f, const esp_adapter_cfg *adapter, const esp_stra
                         .n_tasks = SF_TASKS,
                         .micro_batch = 4,
                         .max_tokens = 256,
+                        .epoch_steps = 3,
                         .seed = 11};
   OK(esp_strategies_open(&f->set, &f->q));
 }
