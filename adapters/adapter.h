@@ -26,6 +26,13 @@ typedef struct esp_skeleton { /* rows and columns of a module's weight */
   const int32_t *rows, *cols;
 } esp_skeleton;
 
+typedef struct esp_mean_gates { /* of a module whose ranks gate themselves: what they come to on average */
+  const char *path;
+  int n;
+  const float *values;
+  double error; /* share of the change that is missed with them in the place of the gates */
+} esp_mean_gates;
+
 typedef struct esp_adapter_cfg {
   const char *type; /* registry name: lora, full, none */
   int64_t r;
@@ -99,7 +106,13 @@ typedef struct esp_adapter_cfg {
   const char *prompt_text;   /* prompt_init text: the rows start as its embeddings */
   const int32_t *prompt_ids; /* its tokens: filled in where there is a tokenizer */
   int n_prompt_ids;
-  /* olora_cl, incremental_rank: tasks there is room for, the present one, those that were begun; 0 of the first: 1 */
+  /* mora_rank */
+  double gate_temperature, gate_threshold;
+  int64_t gate_top_k;               /* 0: all */
+  const esp_mean_gates *mean_gates; /* from a file */
+  int n_mean_gates;
+  /* olora_cl, incremental_rank, mora_rank: tasks there is room for, the present one, those that were begun; 0 of the
+   * first: 1 */
   int tasks, task, begun;
   /* olora_cl */
   const char *orthogonal; /* l1 (NULL: this) | frobenius */
@@ -222,6 +235,9 @@ typedef struct esp_adapter_kind {
   /* The exact low-rank form, where there is one: A [r,in], B [out,r] fp32 host with delta = B A (scale folded in B).
    * Returns r, writes when a/b not NULL. NULL function: none. */
   int64_t (*low_rank)(esp_adapter *a, esp_site *s, float *A, float *B);
+  /* Optional, of kinds that are not mergeable: factors near the change on data like those it was trained on, as in
+   * low_rank; error: share of the change that they miss. 0: the rank; -1: none, with the reason as the error. */
+  int64_t (*near_low_rank)(esp_adapter *a, esp_site *s, float *A, float *B, double *error);
 } esp_adapter_kind;
 
 struct esp_adapter { /* one named adapter on one model */

@@ -63,6 +63,18 @@ static esp_status copy_skeleton(esp_arena *arena, const esp_skeleton *in, int n,
   return ESP_OK;
 }
 
+static esp_status copy_mean_gates(esp_arena *arena, const esp_mean_gates *in, int n, const esp_mean_gates **out) {
+  esp_mean_gates *list = esp_arena_alloc(arena, (size_t)(n ? n : 1) * sizeof *list);
+  if (!list) return ESP_ERR_MEMORY;
+  for (int i = 0; i < n; i++) {
+    list[i] = in[i];
+    if (!(list[i].path = esp_arena_strdup(arena, in[i].path))) return ESP_ERR_MEMORY;
+    ESP_TRY(copy_bytes(arena, in[i].values, (size_t)in[i].n * sizeof *in[i].values, &list[i].values));
+  }
+  *out = list;
+  return ESP_OK;
+}
+
 esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter_cfg *out) {
   *out = *in;
   COPY_STR(type);
@@ -86,6 +98,7 @@ esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter
   ESP_TRY(copy_patterns(arena, in->rank_pattern, in->n_rank_pattern, &out->rank_pattern));
   ESP_TRY(copy_patterns(arena, in->alpha_pattern, in->n_alpha_pattern, &out->alpha_pattern));
   ESP_TRY(copy_skeleton(arena, in->skeleton, in->n_skeleton, &out->skeleton));
+  ESP_TRY(copy_mean_gates(arena, in->mean_gates, in->n_mean_gates, &out->mean_gates));
   ESP_TRY(copy_kept(arena, in->kept, in->n_kept, &out->kept));
   ESP_TRY(copy_bytes(arena, in->layers, (size_t)in->n_layers * sizeof *in->layers, &out->layers));
   ESP_TRY(copy_bytes(arena, in->prompt_ids, (size_t)in->n_prompt_ids * sizeof *in->prompt_ids, &out->prompt_ids));

@@ -10,7 +10,7 @@
 /* registry.c */
 extern const esp_adapter_kind esp_kind_loha, esp_kind_lokr, esp_kind_lotr, esp_kind_pmss, esp_kind_hut;
 extern const esp_adapter_kind esp_kind_fish, esp_kind_spu, esp_kind_layers, esp_kind_s2ft;
-extern const esp_adapter_kind esp_kind_mora, esp_kind_olora_cl, esp_kind_incremental_rank;
+extern const esp_adapter_kind esp_kind_mora, esp_kind_olora_cl, esp_kind_incremental_rank, esp_kind_mora_rank;
 extern const esp_adapter_kind esp_kind_dora, esp_kind_vera;
 extern const esp_adapter_kind esp_kind_ia3, esp_kind_ln_tuning, esp_kind_bitfit;
 extern const esp_adapter_kind esp_kind_adalora, esp_kind_increlora, esp_kind_elalora, esp_kind_dyrank;

@@ -28,6 +28,7 @@ static const esp_adapter_kind *const kinds[] = {
     &esp_kind_elalora,
     &esp_kind_dyrank,
     &esp_kind_incremental_rank,
+    &esp_kind_mora_rank,
     &esp_kind_adalora,
     &esp_kind_miss,
     &esp_kind_bat,

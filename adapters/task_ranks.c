@@ -16,6 +16,10 @@ bool esp_task_ranks_select(const esp_adapter *a) {
   return a->kind == &esp_kind_incremental_rank;
 }
 
+bool esp_task_ranks_gates(const esp_adapter *a) {
+  return a->kind == &esp_kind_mora_rank;
+}
+
 static float site_scale(const esp_adapter *a, const esp_task_site *ts) {
   return (float)(ts->s * a->weight);
 }
@@ -48,6 +52,7 @@ static esp_task_site *new_site(esp_adapter *a, esp_site *s) {
   ts->r = (int64_t)esp_pattern_value(cfg->rank_pattern, cfg->n_rank_pattern, s->path, (double)cfg->r);
   double alpha = esp_pattern_value(cfg->alpha_pattern, cfg->n_alpha_pattern, s->path, cfg->alpha);
   ts->s = (float)(alpha / (cfg->rslora ? sqrt((double)ts->r) : (double)ts->r));
+  if (esp_task_ranks_gates(a)) ts->s = (float)alpha; /* the gates are a mean over the ranks */
   ts->rank = ts->r * (tr->current + 1);
   ts->a = esp_arena_alloc(a->arena, 3 * (size_t)tr->tasks * sizeof *ts->a);
   if (!ts->a) return NULL;
@@ -174,6 +179,21 @@ static esp_tensor selector(const esp_adapter *a, const esp_task_site *ts, int t,
   return esp_tensor_1d((float *)x.data + t * ts->r, ESP_F32, ts->r);
 }
 
+/* All ranks of a site in T, of all tasks so far. */
+static esp_tensor span(const esp_task_group *tg, const esp_task_site *ts, int count, const esp_tensor *x) {
+  return esp_tensor_cols_view(x, ts->t0, (count - 1) * tg->width + ts->r);
+}
+
+static esp_gate gate_of(const esp_adapter *a, const esp_task_group *tg, const esp_task_site *ts, int count) {
+  return (esp_gate){.parts = count,
+                    .width = ts->r,
+                    .step = tg->width,
+                    .top = a->cfg.gate_top_k,
+                    .tau = (float)a->cfg.gate_temperature,
+                    .threshold = (float)a->cfg.gate_threshold,
+                    .scale = site_scale(a, ts)};
+}
+
 int esp_task_ranks_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max,
                          void **slot) {
   esp_task_group *tg = a->group_state[g->index];
@@ -181,20 +201,27 @@ int esp_task_ranks_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor 
   const esp_backend_ops *ops = run->be->ops;
   int count = esp_task_ranks_of(a)->current + 1, n = 0;
   int64_t rows = esp_tensor_rows(&x), width = tg->width * count;
-  tg->t = tg->ts = esp_stack_tensor(run->stack, run->compute, rows, width);
-  if (esp_task_ranks_select(a)) tg->ts = esp_stack_tensor(run->stack, run->compute, rows, width);
+  bool gates =
+      esp_task_ranks_gates(a); /* of T as it is: bf16 would move the gates by its rounding over the temperature */
+  tg->t = tg->ts = esp_stack_tensor(run->stack, gates ? ESP_F32 : run->compute, rows, width);
+  if (esp_task_ranks_select(a) || gates) tg->ts = esp_stack_tensor(run->stack, run->compute, rows, width);
   int64_t mark = esp_stack_mark(run->stack);
   esp_tensor stacked = esp_params_stacked(a->params, tg->first_a[0], tg->n * count, 0);
   const esp_task_site *first = a->site_state[tg->sites[0]->index];
   ops->matmul(run->be, tg->t, esp_dropped(a, run, g, x), false, stacked, true,
-              tg->uniform ? site_scale(a, first) : 1.0f, 0.0f);
+              tg->uniform && !gates ? site_scale(a, first) : 1.0f, 0.0f);
   esp_stack_release(run->stack, mark);
+  for (int i = 0; gates && i < tg->n; i++) {
+    const esp_task_site *ts = a->site_state[tg->sites[i]->index];
+    esp_gate gate = gate_of(a, tg, ts, count);
+    ops->rank_gate(run->be, span(tg, ts, count, &tg->ts), span(tg, ts, count, &tg->t), &gate);
+  }
   tg->late_fwd = max < tg->n * count;
   for (int t = 0; t < count; t++)
     for (int i = 0; i < tg->n; i++) {
       const esp_task_site *ts = a->site_state[tg->sites[i]->index];
       esp_tensor raw = part(tg, ts, t, &tg->t), used = part(tg, ts, t, &tg->ts);
-      if (!tg->uniform) ops->axpby(run->be, raw, site_scale(a, ts), raw, 0.0f);
+      if (!tg->uniform && !gates) ops->axpby(run->be, raw, site_scale(a, ts), raw, 0.0f);
       if (ts->sel) ops->mul_cols(run->be, used, raw, selector(a, ts, t, false));
       if (!tg->late_fwd) tails[n++] = (esp_tail){tg->sites[i]->col0, used, esp_param_shadow(a->params, ts->b[t])};
     }
@@ -223,6 +250,7 @@ int esp_task_ranks_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_ten
   if (!tg) return 0;
   const esp_backend_ops *ops = run->be->ops;
   int current = esp_task_ranks_of(a)->current, count = current + 1;
+  bool gates = esp_task_ranks_gates(a);
   tg->dt = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), tg->width * count);
   for (int i = 0; i < tg->n; i++) {
     const esp_task_site *ts = a->site_state[tg->sites[i]->index];
@@ -230,12 +258,17 @@ int esp_task_ranks_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_ten
     for (int t = 0; t < count; t++) {
       esp_tensor dt = part(tg, ts, t, &tg->dt);
       ops->matmul(run->be, dt, dyi, false, esp_param_shadow(a->params, ts->b[t]), false,
-                  ts->sel ? 1.0f : site_scale(a, ts), 0.0f);
+                  ts->sel || gates ? 1.0f : site_scale(a, ts), 0.0f);
       if (!ts->sel) continue;
       /* T carries s already: dS = sum over tokens of T (dy B); dT = s S (dy B) */
       if (a->trainable) ops->col_dot(run->be, selector(a, ts, t, true).data, part(tg, ts, t, &tg->t), dt);
       ops->mul_cols(run->be, dt, dt, selector(a, ts, t, false));
       ops->axpby(run->be, dt, site_scale(a, ts), dt, 0.0f);
+    }
+    if (gates) { /* dT of every rank, through its own gate and those of the others */
+      esp_gate gate = gate_of(a, tg, ts, count);
+      esp_tensor dt = span(tg, ts, count, &tg->dt);
+      ops->rank_gate_bwd(run->be, dt, dt, span(tg, ts, count, &tg->t), &gate);
     }
     if (a->trainable)
       ops->matmul(run->be, esp_param_grad(a->params, ts->b[current]), dyi, true, part(tg, ts, current, &tg->ts), false,

@@ -1,9 +1,10 @@
 /* task_ranks.h: what the kinds share that give each task of a sequence low-rank factors of its own and keep those of
- * earlier tasks, frozen (olora_cl, incremental_rank).
+ * earlier tasks, frozen (olora_cl, incremental_rank, mora_rank).
  *
  * Site: y = W x + b + s sum_{t <= current} B_t (S_t * A_t drop(x)), with s = alpha/r or alpha/sqrt(r); S_t: selectors,
- * where the kind has them, else 1. The capacity for all tasks of the recipe is there from the start, because nothing
- * then changes its address between tasks; what is not used yet is frozen, takes part in no product and is in no file.
+ * where the kind has them, else 1. mora_rank: gates that are functions of A x in the place of s and S (mora_rank.c).
+ * The capacity for all tasks of the recipe is there from the start, because nothing then changes its address between
+ * tasks; what is not used yet is frozen, takes part in no product and is in no file.
  *
  * The A matrices of a group lie back to back, by task, then by site: T = x A^T over all tasks so far is one product, as
  * in lora.c, and the present task's are one slab of it.
@@ -40,6 +41,7 @@ typedef struct esp_task_ranks { /* a->impl */
 
 esp_task_ranks *esp_task_ranks_of(const esp_adapter *a);
 bool esp_task_ranks_select(const esp_adapter *a); /* the kind has selectors */
+bool esp_task_ranks_gates(const esp_adapter *a);  /* its ranks gate themselves */
 
 esp_status esp_task_ranks_open(esp_adapter *a);
 esp_status esp_task_ranks_declare(esp_adapter *a, esp_group *g, const bool *hit);

@@ -40,7 +40,11 @@ static esp_status after_export(const esp_after_step *a, const char *base, const 
                                const esp_run_options *opt) {
   esp_svd_stats s = {0};
   ESP_TRY(esp_export_write(base, adapter, a->out, a->target != NULL, a->target != NULL, 0, &s));
-  note(opt, a->out, "adapter exported to %s", a->out);
+  if (s.max_error > 0)
+    note(opt, a->out, "adapter exported to %s, rank %lld, relative error: mean %.3g, largest %.3g", a->out,
+         (long long)s.rank, s.mean_error, s.max_error);
+  else
+    note(opt, a->out, "adapter exported to %s", a->out);
   return ESP_OK;
 }
 

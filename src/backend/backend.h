@@ -136,6 +136,15 @@ typedef struct esp_csr {
   const float *values;  /* [entries] */
 } esp_csr;
 
+/* Ranks that gate themselves (mora_rank). Each row holds n activations t of one module, `parts` runs of `width` columns
+ * that begin `step` apart. s = t / |t| (0 where |t| is 0), w = softmax(s / tau) over the n; kept: s >= threshold (when
+ * that is above 0) and among the `top` largest (0: all; of equals the first). */
+enum { ESP_GATE_MOST = 1024 }; /* n at most */
+typedef struct esp_gate {
+  int64_t parts, width, step, top;
+  float tau, threshold, scale;
+} esp_gate;
+
 typedef struct esp_backend_stats {
   double flops, bytes; /* floating-point operations; bytes read + written */
   int64_t launches;
@@ -242,6 +251,10 @@ typedef struct esp_backend_ops {
    * transpose. */
   void (*sparse_matmul)(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s);
   void (*sparse_grad)(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s);
+  /* y = scale * w * t where kept, else 0; columns between the runs are left alone. Backward takes what is kept as a
+   * constant; dx may be the same view as dy. */
+  void (*rank_gate)(esp_backend *be, esp_tensor y, esp_tensor x, const esp_gate *g);
+  void (*rank_gate_bwd)(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g);
   void (*mul_cols)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v);            /* y[t,j] = x[t,j] * v[j] */
   void (*gather_rows)(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows);  /* y[i] = x[rows[i]] */
   void (*scatter_rows)(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows); /* y[rows[i]] = x[i] */

@@ -328,7 +328,7 @@ esp_status esp_combine_write(const esp_combine_spec *spec, esp_svd_stats *stats)
   /* weights are applied here, not by the adapters */
   esp_merge_spec open = {.base = spec->base, .adapters = spec->adapters, .n_adapters = spec->n_adapters};
   ESP_GOTO(esp_merge_open(&open, ESP_F32, false, &c.in));
-  for (int i = 0; i < spec->n_adapters; i++) ESP_GOTO(esp_lora_carries(&c.in, i, spec->adapters[i]));
+  for (int i = 0; i < spec->n_adapters; i++) ESP_GOTO(esp_lora_carries(&c.in, i, spec->adapters[i], false));
   esp_site **list;
   sites = esp_model_sites(c.in.model, &list);
   f = esp_mem_alloc(ESP_MEM_HOST, (size_t)(sites + 1) * sizeof *f);

@@ -204,11 +204,11 @@ out:
   return st;
 }
 
-esp_status esp_lora_carries(const esp_merge_inputs *in, int which, const char *path) {
+esp_status esp_lora_carries(const esp_merge_inputs *in, int which, const char *path, bool near) {
   esp_site **list;
   int n = esp_model_sites(in->model, &list);
   const esp_adapter *a = in->adapters[which];
-  if (!a->kind->mergeable)
+  if (!a->kind->mergeable && !(near && a->kind->near_low_rank))
     return esp_fail(ESP_ERR_RECIPE, "%s: an adapter of type %s has no matrix form that a plain LoRA could carry", path,
                     a->kind->name);
   for (int i = 0; i < n; i++) {

@@ -19,8 +19,9 @@ esp_status esp_factors_reduce(esp_factors *f, int64_t rank, esp_svd_stats *stats
 void esp_factors_count(esp_svd_stats *stats, double error);
 /* A LoRA of one rank over the given sites, alpha = r, so that delta = B A. Smaller ranks are padded with zeros. */
 esp_status esp_factors_write(const char *base, const esp_factors *f, int n, int64_t rank, const char *out);
-/* ESP_ERR_RECIPE naming what of the adapter a plain LoRA on linear modules cannot carry. path: in the message. */
-esp_status esp_lora_carries(const esp_merge_inputs *in, int which, const char *path);
+/* ESP_ERR_RECIPE naming what of the adapter a plain LoRA on linear modules cannot carry. path: in the message. near: a
+ * kind that only has a LoRA near it will do. */
+esp_status esp_lora_carries(const esp_merge_inputs *in, int which, const char *path, bool near);
 /* What an adapter adds to the weight of a site, [out, in] fp32, its scale included. */
 esp_status esp_site_delta(esp_merge_inputs *in, int which, esp_site *s, float *delta);
 

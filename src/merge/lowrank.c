@@ -61,9 +61,24 @@ out:
   return st;
 }
 
+/* Of a kind whose change is no matrix: with all the ranks it has. */
+static esp_status export_near(esp_adapter *a, esp_site *s, int64_t rank, esp_factors *f, esp_svd_stats *stats) {
+  double error;
+  int64_t r = a->kind->near_low_rank(a, s, NULL, NULL, &error);
+  if (r < 0) return ESP_ERR_RECIPE;
+  if (rank > 0 && rank < r)
+    return esp_fail(ESP_ERR_RECIPE, "export: type %s on '%s' is near to a LoRA of rank %lld; give at least that rank",
+                    a->kind->name, s->path, (long long)r);
+  ESP_TRY(esp_factors_init(f, s, r));
+  if (a->kind->near_low_rank(a, s, f->a, f->b, NULL) < 0) return ESP_ERR_MEMORY;
+  esp_factors_count(stats, error);
+  return ESP_OK;
+}
+
 /* The site's change as factors: exact where the kind has a low-rank form that fits `rank`, else truncated. */
 static esp_status export_site(esp_merge_inputs *in, esp_site *s, int64_t rank, esp_factors *f, esp_svd_stats *stats) {
   esp_adapter *a = in->adapters[0];
+  if (!a->kind->mergeable) return export_near(a, s, rank, f, stats);
   int64_t exact = a->kind->low_rank ? a->kind->low_rank(a, s, NULL, NULL) : 0;
   if (exact > 0 && (rank == 0 || exact <= rank)) {
     ESP_TRY(esp_factors_init(f, s, exact));
@@ -95,7 +110,7 @@ esp_status esp_export_write(const char *base, const char *adapter, const char *o
     st = esp_adapter_save(in.adapters[0], out);
     goto out;
   }
-  ESP_GOTO(esp_lora_carries(&in, 0, adapter));
+  ESP_GOTO(esp_lora_carries(&in, 0, adapter, true));
   esp_site **list;
   sites = esp_model_sites(in.model, &list);
   f = esp_mem_alloc(ESP_MEM_HOST, (size_t)(sites + 1) * sizeof *f);

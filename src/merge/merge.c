@@ -338,8 +338,11 @@ esp_status esp_merge_write(const esp_merge_spec *spec, esp_merge_stats *out) {
   ESP_GOTO(esp_merge_open(spec, ESP_F32, false, &g.in));
   for (int i = 0; i < spec->n_adapters; i++)
     if (!g.in.adapters[i]->kind->mergeable) {
-      st = esp_fail(ESP_ERR_RECIPE, "%s: an adapter of type %s cannot be merged", spec->adapters[i],
-                    g.in.adapters[i]->kind->name);
+      const esp_adapter_kind *kind = g.in.adapters[i]->kind;
+      st = esp_fail(ESP_ERR_RECIPE, "%s: an adapter of type %s cannot be merged%s", spec->adapters[i], kind->name,
+                    kind->near_low_rank ? ": what it adds depends on the input; `export --as lora` writes the nearest "
+                                          "plain LoRA and its error"
+                                        : "");
       goto out;
     }
   ESP_GOTO(esp_adapters_check(g.in.model, g.in.adapters, spec->n_adapters));

@@ -181,6 +181,28 @@ static void check_strategies(esp_binder *b, const esp_node *root) {
   esp_error_clear();
 }
 
+static bool merges(const esp_recipe_task *t) {
+  const esp_adapter_kind *kind = t->adapter.type ? esp_adapter_find(t->adapter.type) : NULL;
+  return !kind || kind->mergeable;
+}
+
+/* Found after the last step of a run otherwise. */
+static void check_merges(esp_binder *b, const esp_node *root) {
+  const esp_recipe *r = b->recipe;
+  if (r->continual.policy == ESP_POLICY_MERGE_THEN_NEW)
+    for (int i = 0; i + 1 < r->n_tasks; i++)
+      if (!merges(&r->tasks[i])) {
+        esp_bind_error(b, node_at(root, "continual", "policy"),
+                       "continual.policy: merge_then_new: an adapter of type %s cannot be merged",
+                       r->tasks[i].adapter.type);
+        break;
+      }
+  for (int i = 0; i < r->n_after && r->n_tasks > 0; i++)
+    if (r->after[i].kind == ESP_AFTER_MERGE && !merges(&r->tasks[r->n_tasks - 1]))
+      esp_bind_error(b, item(root, "after", NULL, i), "after[%d].merge: an adapter of type %s cannot be merged", i,
+                     r->tasks[r->n_tasks - 1].adapter.type);
+}
+
 void esp_check_recipe(esp_binder *b, const esp_node *root) {
   esp_recipe *r = b->recipe;
   check_names(b, root);
@@ -218,5 +240,6 @@ void esp_check_recipe(esp_binder *b, const esp_node *root) {
     r->checkpoint.output_dir = esp_arena_printf(b->arena, "runs/%s", r->name);
     if (!r->checkpoint.output_dir) b->oom = true;
   }
+  check_merges(b, root);
   place_outputs(b);
 }

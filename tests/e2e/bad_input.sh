@@ -246,6 +246,11 @@ bad "too many ranks at once" 2 "adapter.elastic_share" $no run r.yaml adapter.ty
 bad "ranks of modules that a kind finds itself" 2 "adapter.rank_pattern: is not for adapter.type dyrank" $no run r.yaml adapter.type=dyrank 'adapter.rank_pattern={q_proj: 2}'
 bad "a penalty that is not known" 2 "orthogonal.*l2.*l1" $no run r.yaml adapter.type=o-lora adapter.orthogonal=l2
 bad "an init of lora for a kind per task" 2 "adapter.init: 'pissa' is for lora, not for incremental_rank" $no run r.yaml adapter.type=incremental_rank adapter.init=pissa
+bad "gates with a scale of their own" 2 "adapter.rslora: the gates of mora_rank" $no run r.yaml adapter.type=mora_rank adapter.rslora=true
+bad "no temperature" 2 "adapter.gate_temperature: .*0" $no run r.yaml adapter.type=mora_rank adapter.gate_temperature=0
+bad "a pool that is too large" 2 "adapter.r: 1025 ranks of each of 1 tasks on model" $no run r.yaml adapter.type=mora_rank adapter.r=1025
+bad "a budget of another kind" 2 "adapter.gate_top_k: is read by mora_rank, not by lora" $no run r.yaml adapter.gate_top_k=2
+bad "a merge of what depends on the input" 2 "after\[0\].merge: an adapter of type mora_rank cannot be merged" $no run r.yaml adapter.type=mora_rank 'after=[{merge: {out: merged}}]'
 bad "blocks that do not divide" 2 "adapter.oft_block_size: 7 does not divide the 48 inputs of model" $no run r.yaml adapter.type=oft adapter.oft_block_size=7
 bad "a number of blocks that does not divide" 2 "adapter.oft_blocks: 5 does not divide the 48 inputs of model" $no run r.yaml adapter.type=oft adapter.oft_blocks=5
 bad "one term is no rotation" 2 "adapter.cayley_terms: must be 0 .exact. or from 2 to 32, is 1" $no run r.yaml adapter.type=oft adapter.oft_block_size=8 adapter.cayley_terms=1

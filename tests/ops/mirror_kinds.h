@@ -97,6 +97,24 @@ static void khatri_rao_bwd(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_te
   end(&c);
 }
 
+static void rank_gate(esp_backend *be, esp_tensor y, esp_tensor x, const esp_gate *g) {
+  call c = call_of(be, "rank_gate");
+  writes(&c, y);
+  reads(&c, x);
+  begin(&c);
+  c.real->ops->rank_gate(c.real, there_t(&c, y), there_t(&c, x), g);
+  end(&c);
+}
+static void rank_gate_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g) {
+  call c = call_of(be, "rank_gate_bwd");
+  writes(&c, dx);
+  reads(&c, dy);
+  reads(&c, x);
+  begin(&c);
+  c.real->ops->rank_gate_bwd(c.real, there_t(&c, dx), there_t(&c, dy), there_t(&c, x), g);
+  end(&c);
+}
+
 static void use_sparse(call *c, const esp_csr *s) {
   use(c, s->start, (s->rows + 1) * 4, false);
   use(c, s->index, s->entries * 4, false);
@@ -144,6 +162,8 @@ static void add_kinds(esp_backend_ops *ops, const esp_backend_ops *real) {
   if (real->transpose_rows) ops->transpose_rows = transpose_rows;
   if (real->khatri_rao) ops->khatri_rao = khatri_rao;
   if (real->khatri_rao_bwd) ops->khatri_rao_bwd = khatri_rao_bwd;
+  if (real->rank_gate) ops->rank_gate = rank_gate;
+  if (real->rank_gate_bwd) ops->rank_gate_bwd = rank_gate_bwd;
   if (real->sparse_matmul) ops->sparse_matmul = sparse_matmul;
   if (real->sparse_grad) ops->sparse_grad = sparse_grad;
 }

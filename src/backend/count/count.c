@@ -372,6 +372,17 @@ static void sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tens
   add(be, 2 * (double)esp_tensor_rows(&x) * (double)s->entries,
       bytes_of(x) + bytes_of(dy) + csr_bytes(s) + 4 * (double)s->entries);
 }
+static double gated(esp_tensor x, const esp_gate *g) {
+  return (double)(esp_tensor_rows(&x) * g->parts * g->width);
+}
+static void rank_gate(esp_backend *be, esp_tensor y, esp_tensor x, const esp_gate *g) {
+  double n = gated(x, g);
+  add(be, 16 * n, n * (double)(esp_dtype_size(x.dtype) + esp_dtype_size(y.dtype)));
+}
+static void rank_gate_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g) {
+  double n = gated(x, g);
+  add(be, 28 * n, n * (double)(esp_dtype_size(x.dtype) + esp_dtype_size(dx.dtype) + esp_dtype_size(dy.dtype)));
+}
 static void gather_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows) {
   (void)x, (void)rows;
   add(be, 0, 2 * bytes_of(y));
@@ -449,6 +460,8 @@ static const esp_backend_ops ops = {
     .transpose_rows = transpose_rows,
     .khatri_rao = khatri_rao,
     .khatri_rao_bwd = khatri_rao_bwd,
+    .rank_gate = rank_gate,
+    .rank_gate_bwd = rank_gate_bwd,
     .sparse_matmul = sparse_matmul,
     .sparse_grad = sparse_grad,
     .mul_cols = mul_cols,

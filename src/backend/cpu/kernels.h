@@ -65,6 +65,8 @@ typedef struct esp_kernels {
   void (*khatri_rao)(esp_tensor y, esp_tensor x, esp_tensor z, int64_t r0, int64_t r1);
   void (*khatri_rao_bwd)(esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z, int64_t r0,
                          int64_t r1);
+  void (*rank_gate)(esp_tensor y, esp_tensor x, const esp_gate *g, int64_t r0, int64_t r1);
+  void (*rank_gate_bwd)(esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g, int64_t r0, int64_t r1);
   void (*block_matmul)(const esp_block_part *o, int64_t r0, int64_t r1, int64_t g0, int64_t g1);
   void (*block_grad)(const esp_block_part *o, int64_t g0, int64_t g1);
   void (*invert)(float *a, int64_t ld, int64_t n);

@@ -7,6 +7,7 @@
 #include "backend/cpu/k_glu.h"
 #include "backend/cpu/k_kinds.h"
 #include "backend/cpu/k_blocks.h"
+#include "backend/cpu/k_gate.h"
 #include "backend/cpu/k_sparse.h"
 #include "backend/cpu/k_norm.h"
 #include "backend/cpu/k_loss.h"
@@ -41,6 +42,8 @@ const esp_kernels ESP_K_TABLE = {
     .sparse_dots = k_sparse_dots,
     .khatri_rao = k_khatri_rao,
     .khatri_rao_bwd = k_khatri_rao_bwd,
+    .rank_gate = k_rank_gate,
+    .rank_gate_bwd = k_rank_gate_bwd,
     .block_matmul = k_block_matmul,
     .block_grad = k_block_grad,
     .invert = k_invert,

@@ -40,6 +40,8 @@ void esp_cpu_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor
 void esp_cpu_block_inverse(esp_backend *be, esp_tensor inv, esp_tensor m, int blocks);
 void esp_cpu_transpose_rows(esp_backend *be, esp_tensor y, esp_tensor x, int64_t a, int64_t b);
 void esp_cpu_khatri_rao(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor z);
+void esp_cpu_rank_gate(esp_backend *be, esp_tensor y, esp_tensor x, const esp_gate *g);
+void esp_cpu_rank_gate_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g);
 void esp_cpu_khatri_rao_bwd(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z);
 void esp_cpu_sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s);
 void esp_cpu_sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s);

@@ -133,6 +133,8 @@ void esp_cuda_col_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b);
 void esp_cuda_row_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b, float beta);
 void esp_cuda_transpose_rows(esp_backend *be, esp_tensor y, esp_tensor x, int64_t a, int64_t b);
 void esp_cuda_khatri_rao(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor z);
+void esp_cuda_rank_gate(esp_backend *be, esp_tensor y, esp_tensor x, const esp_gate *g);
+void esp_cuda_rank_gate_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g);
 void esp_cuda_khatri_rao_bwd(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z);
 void esp_cuda_sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s);
 void esp_cuda_sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s);
