@@ -11,23 +11,49 @@
 extern "C" {
 #endif
 
+/* How several task vectors (what training changed) become one: docs/merging.md has formulas and papers. Begin with
+ * ESP_MERGE_METHOD; what is NaN or NULL there is the method's own default, and giving what it does not read is an
+ * error.
+ */
+typedef struct esp_merge_method {
+  const char *name;
+  const double *density; /* ties, dare_*, breadcrumbs*, magnitude_prune*: share of entries that stay; one or one each */
+  int n_density;
+  double lambda;                  /* factor of the merged change */
+  double gamma;                   /* breadcrumbs*: share of the largest entries that leave */
+  double t;                       /* slerp, nuslerp: 0 is the first, 1 the second */
+  double alpha;                   /* opcm: share of the spectrum whose directions are closed to later tasks */
+  double lines_alpha, lines_beta; /* LiNeS: block l of L is multiplied by alpha + beta l/(L-1), the rest by alpha */
+  const double *metrics;          /* mwa: one each */
+  int n_metrics;
+  const char *better;   /* mwa: "higher" (NULL: this) or "lower" */
+  double power;         /* mwa */
+  const char *rescale;  /* dare_*: "inverse", "l1" or "none" */
+  const char *majority; /* election of signs: "total" or "frequency" */
+  int normalize;        /* election, linear, task_arithmetic: divide by the weights; -1: the method's own */
+  uint64_t seed;        /* dare_* */
+} esp_merge_method;
+#define ESP_MERGE_METHOD                                                                                               \
+  {                                                                                                                    \
+    .lambda = __builtin_nan(""), .gamma = __builtin_nan(""), .t = __builtin_nan(""), .alpha = __builtin_nan(""),       \
+    .lines_alpha = __builtin_nan(""), .lines_beta = __builtin_nan(""), .power = __builtin_nan(""), .normalize = -1     \
+  }
+/* Names for models (combine 0), or for adapters that become one. */
+ESP_API const char *const *esp_merge_methods(int combine, int *n);
+
 typedef struct esp_merge_options {
-  const char *base;              /* model directory */
-  const char *const *adapters;   /* PEFT directories, merged in order */
-  const double *adapter_weights; /* NULL: 1 each */
-  int n_adapters;
-  const char *out;   /* model directory to write */
+  const char *base;          /* model directory */
+  const char *const *inputs; /* adapters, merged in order; with a method also models and stored differences */
+  const double *weights;     /* NULL: 1 each */
+  int n_inputs;
+  const char *out;   /* model directory to write; with as_adapter an adapter directory */
   const char *dtype; /* NULL: as stored */
-  int64_t verify;    /* samples whose logits are compared, merged against unmerged; 0: none */
-  /* The adapters become one LoRA first (NULL: no): linear, svd, cat, ties, ties_svd, dare_ties, dare_linear,
-   * dare_ties_svd, dare_linear_svd, magnitude_prune or magnitude_prune_svd. `out` is then an adapter directory, and
-   * with into_model the model that it is merged into. */
-  const char *combine;
-  int into_model;
-  double density;            /* ties, dare_*, magnitude_prune*: share of entries that stay */
-  const char *majority_sign; /* ties*, dare_ties*: "total" (NULL: this) or "frequency" */
-  uint64_t seed;             /* dare_* */
-  int64_t rank; /* at most; 0: what carries the combination, for the svd types the largest of the adapters */
+  int64_t verify;    /* adapters only: samples whose logits are compared, merged against unmerged; 0: none */
+  const esp_merge_method *method; /* NULL: the adapters add up */
+  int as_adapter;                 /* with a method: adapters become one LoRA */
+  int into_model;                 /* with as_adapter: and that is merged into the base, `out` is a model */
+  int64_t
+      rank; /* of that LoRA at most; 0: what carries it exactly, where it has to be cut the largest of the adapters */
 } esp_merge_options;
 typedef struct esp_merge_result {
   int64_t tensors, changed;     /* written, of them changed */
@@ -43,13 +69,20 @@ ESP_API esp_status esp_merge(const esp_merge_options *o, esp_merge_result *out);
 
 typedef struct esp_extract_options {
   const char *base, *tuned, *out;
-  int64_t rank;
-  const char *target; /* NULL: all-linear; else comma-separated names or a regex */
+  int64_t rank;       /* of a LoRA */
+  const char *target; /* of a LoRA; NULL: all-linear; else comma-separated names or a regex */
+  /* NULL: a LoRA. "lowrank" or "1bit": the whole difference of the models (tuned may be an adapter), stored small; a
+   * merge by a method reads it like a model. */
+  const char *as;
+  double energy;  /* lowrank: share of the squares that is held; 0: 0.9 */
+  int bits;       /* lowrank: of an entry, 8, 16 or 32; 0: 16 */
+  int per_matrix; /* 1bit: one scale of each matrix, not of each row */
 } esp_extract_options;
 typedef struct esp_extract_result {
   int sites;
-  int64_t rank;                 /* of the LoRA, 0: the adapter as it was */
-  double max_error, mean_error; /* relative Frobenius error of the truncation */
+  int64_t rank;                 /* of the LoRA (the largest), 0: the adapter as it was */
+  double max_error, mean_error; /* relative Frobenius error */
+  int64_t bytes, full_bytes;    /* of a stored difference, and of the model */
 } esp_extract_result;
 ESP_API esp_status esp_extract(const esp_extract_options *o, esp_extract_result *out);
 

@@ -225,27 +225,27 @@ esp_status esp_lora_carries(const esp_merge_inputs *in, int which, const char *p
   return ESP_OK;
 }
 
-esp_status esp_site_delta(esp_merge_inputs *in, int which, esp_site *s, float *delta) {
+esp_status esp_site_delta(esp_merge_inputs *in, int which, esp_site *s, int64_t r0, int64_t n, float *delta) {
   esp_status st;
   esp_adapter *a = in->adapters[which];
   esp_factors f = {0};
   float *w = NULL;
-  int64_t r = a->kind->low_rank ? a->kind->low_rank(a, s, NULL, NULL) : 0, n = s->out * s->in;
+  int64_t r = a->kind->low_rank ? a->kind->low_rank(a, s, NULL, NULL) : 0;
   if (r > 0) { /* not through W + BA - W, which would round twice */
     ESP_GOTO(esp_factors_init(&f, s, r));
     a->kind->low_rank(a, s, f.a, f.b);
-    esp_linalg_gemm(false, false, s->out, s->in, r, 1.0f, f.b, r, f.a, s->in, 0.0f, delta, s->in);
+    esp_linalg_gemm(false, false, n, s->in, r, 1.0f, f.b + r0 * r, r, f.a, s->in, 0.0f, delta, s->in);
     goto out;
   }
-  w = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)n * 4);
+  w = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)(n * s->in) * 4);
   if (!w) {
     st = ESP_ERR_MEMORY;
     goto out;
   }
-  ESP_GOTO(esp_site_read_weight(in->model, s, w));
-  memcpy(delta, w, (size_t)n * 4);
-  ESP_GOTO(esp_adapter_effective_rows(a, s, 0, s->out, delta));
-  for (int64_t i = 0; i < n; i++) delta[i] -= w[i];
+  ESP_GOTO(esp_site_read_weight_rows(in->model, s, r0, n, w));
+  memcpy(delta, w, (size_t)(n * s->in) * 4);
+  ESP_GOTO(esp_adapter_effective_rows(a, s, r0, n, delta));
+  for (int64_t i = 0; i < n * s->in; i++) delta[i] -= w[i];
 out:
   esp_mem_free(w);
   esp_mem_free(f.a);

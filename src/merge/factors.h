@@ -22,7 +22,7 @@ esp_status esp_factors_write(const char *base, const esp_factors *f, int n, int6
 /* ESP_ERR_RECIPE naming what of the adapter a plain LoRA on linear modules cannot carry. path: in the message. near: a
  * kind that only has a LoRA near it will do. */
 esp_status esp_lora_carries(const esp_merge_inputs *in, int which, const char *path, bool near);
-/* What an adapter adds to the weight of a site, [out, in] fp32, its scale included. */
-esp_status esp_site_delta(esp_merge_inputs *in, int which, esp_site *s, float *delta);
+/* What an adapter adds to rows r0.. of the weight of a site, [n, in] fp32, its scale included. */
+esp_status esp_site_delta(esp_merge_inputs *in, int which, esp_site *s, int64_t r0, int64_t n, float *delta);
 
 #endif

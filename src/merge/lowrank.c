@@ -91,7 +91,7 @@ static esp_status export_site(esp_merge_inputs *in, esp_site *s, int64_t rank, e
                     s->path);
   float *delta = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)(s->out * s->in) * 4);
   if (!delta) return ESP_ERR_MEMORY;
-  esp_status st = esp_site_delta(in, 0, s, delta);
+  esp_status st = esp_site_delta(in, 0, s, 0, s->out, delta);
   if (st == ESP_OK) st = esp_factors_truncate(f, s, delta, rank, stats);
   esp_mem_free(delta);
   return st;

@@ -4,6 +4,7 @@
  *          mirror the base's; the base is never modified, so unmerging is using the base again. A head that an adapter
  *          changed away from a tied embedding is written on its own and tie_word_embeddings becomes false.
  * extract: A, B from the truncated SVD of W_tuned - W_base: B = U sqrt(S), A = sqrt(S) V^T, alpha = r.
+ * blend:   several models, adapters or stored differences as one model, by a method.
  * combine: several adapters as one LoRA.
  * export:  any adapter as a plain LoRA, exactly where its kind has a low-rank form, else by truncated SVD with the
  * error.
@@ -12,6 +13,7 @@
 #define ESP_MERGE_MERGE_H
 
 #include "adapters/adapter.h"
+#include "espalier/tools.h"
 
 typedef struct esp_merge_spec {
   const char *base; /* model directory */
@@ -43,18 +45,27 @@ typedef struct esp_svd_stats {
 esp_status esp_extract_write(const char *base, const char *tuned, const char *out, int64_t rank, const char *target,
                              esp_svd_stats *stats);
 
+/* Models, adapters and stored differences (residual.h) as one model, by a method (method.h). */
+typedef struct esp_blend_spec {
+  const char *base;
+  const char *const *inputs;
+  const double *weights; /* NULL: not given */
+  int n;
+  const char *out;   /* model directory */
+  const char *dtype; /* NULL: each tensor as stored */
+  const esp_merge_method *method;
+} esp_blend_spec;
+esp_status esp_blend_write(const esp_blend_spec *spec, esp_merge_stats *stats);
+
 /* Several adapters as one LoRA (combine.c has the types and their formulas). */
 typedef struct esp_combine_spec {
   const char *base;
   const char *const *adapters;
-  const double *weights; /* NULL: 1 each */
+  const double *weights; /* NULL: not given, 1 each */
   int n_adapters;
   const char *out; /* adapter directory */
-  const char *type;
-  double density; /* share of entries that stay, 0: not given */
-  bool frequency; /* signs are elected by number and not by total */
-  uint64_t seed;  /* of the masks */
-  int64_t rank;   /* 0: what the type gives */
+  const esp_merge_method *method;
+  int64_t rank; /* 0: what the type gives */
 } esp_combine_spec;
 esp_status esp_combine_write(const esp_combine_spec *spec, esp_svd_stats *stats);
 const char *const *esp_combine_names(int *n);

@@ -94,13 +94,41 @@ bad "required option missing" 2 "^espalier merge: --base DIR is missing" $no mer
 bad "merge to an unknown type" 2 "--dtype: 'fp8' is not one of bf16, fp16, fp32" $no merge -b model -a $ad -o out --dtype fp8
 bad "export as an unknown kind" 2 "--as: 'dora' is not lora" $no export -b model -a $ad -o out --as dora
 bad "export for an unknown program" 2 "--for: 'ollama' is not vllm" $no export -b model -a $ad -o out --for ollama
-bad "combination that is none" 2 "combine: 'tie' is none of linear, svd, cat, ties" $no merge -b model -a $ad -o out --combine tie
-bad "density without combination" 2 "--density is for --combine" $no merge -b model -a $ad -o out --density 0.5
-bad "combination without density" 2 "combine: dare_ties needs a density" $no merge -b model -a $ad -o out --combine dare_ties
-bad "density that is not used" 2 "combine: cat takes no density" $no merge -b model -a $ad -o out --combine cat --density 0.5
+bad "combination that is none" 2 "'tie' is no method \(did you mean 'ties'\?\)" $no merge -b model -a $ad -o out --combine tie
+bad "density without combination" 2 "--density is for --method and --combine" $no merge -b model -a $ad -o out --density 0.5
+bad "combination without density" 2 "dare_ties needs a density" $no merge -b model -a $ad -o out --combine dare_ties
+bad "density that is not used" 2 "merge: cat takes no density" $no merge -b model -a $ad -o out --combine cat --density 0.5
 bad "density out of range" 2 "--density: expected a number from 0 to 1" $no merge -b model -a $ad -o out --combine ties --density 2
 bad "majority sign that is none" 2 "majority sign 'most' is none of total, frequency" $no merge -b model -a $ad -o out --combine ties --density 0.5 --majority-sign most
-bad "majority sign without election" 2 "combine: magnitude_prune elects no sign" $no merge -b model -a $ad -o out --combine magnitude_prune --density 0.5 --majority-sign frequency
+bad "majority sign without election" 2 "merge: magnitude_prune takes no majority sign" $no merge -b model -a $ad -o out --combine magnitude_prune --density 0.5 --majority-sign frequency
+two="-b model --models model $ad --method"
+bad "method that is none" 2 "'ties_' is no method \(did you mean 'ties'\?\)" $no merge $two ties_ -o out
+bad "method without a model" 2 "--models DIR... is missing" $no merge -b model --method ties -o out
+bad "method and combination" 2 "--method makes a model and --combine an adapter" $no merge $two ties --combine ties -o out
+bad "models without a method" 2 "--models is for --method" $no merge -b model --models model -o out
+bad "models in an order that is not clear" 2 "the order is not clear" $no merge -b model --models model $ad --models $ad --method opcm -o out
+bad "one model for a sequence" 2 "opcm takes at least 2 inputs, not 1" $no merge -b model --models $ad --method opcm -o out
+bad "three models for a slerp" 2 "slerp takes 2 inputs, not 3" $no merge $two slerp $ad --t 0.5 -o out
+bad "method without density" 2 "ties needs a density above 0" $no merge $two ties -o out
+bad "density 0" 2 "ties needs a density above 0" $no merge $two ties --density 0 -o out
+bad "density above 1 for a method" 2 "--density: expected a number from 0 to 1, got '1.5'" $no merge $two ties --density 0.5,1.5 -o out
+bad "three densities for two" 2 "3 densities for 2 inputs" $no merge $two ties --density 0.5,0.5,0.5 -o out
+bad "three weights for two" 2 "3 weights for 2 inputs" $no merge $two linear --weight 1,2,3 -o out
+bad "weights that cancel" 2 "add up to 0 and cannot be normalised" $no merge $two linear --weight 1,-1 -o out
+bad "option that a method does not read" 2 "magmax takes no density" $no merge $two magmax --density 0.5 -o out
+bad "metrics that are too few" 2 "a metric for each input: 1 for 2" $no merge $two mwa --metrics 0.5 -o out
+bad "layers that do not scale" 2 "--lines: expected alpha, or alpha and beta" $no merge $two lines --lines 1,2,3 -o out
+bad "verification of a method" 2 "a method has none" $no merge $two linear --verify 2 -o out
+bad "input of no kind" 3 "^run: holds neither a model nor an adapter" $no merge -b model --models model run --method linear -o out
+bad "model of another family" 3 "^other: is a qwen2 model, the base model a llama model" "cp -r model other; edit 's/\"llama\"/\"qwen2\"/' other/config.json" merge -b model --models other $ad --method linear -o out
+bad "model of another shape" 3 "^other: tensor 'model.embed_tokens.weight' is \[48, 257\], in the base model it is \[257, 48\]" "cp -r model other; edit 's/\[257,48\]/[48,257]/' other/model.safetensors" merge -b model --models other $ad --method linear -o out
+bad "method over a base without weights" 3 "^model: has no weights" "cp -r model other; rm model/model.safetensors" merge -b model --models other other --method linear -o out
+bad "method onto a full disk" 3 "out.*" "limit=8" merge $two linear -o out
+bad "stored form that is none" 2 "'2bit' is none of lora, lowrank, 1bit" $no extract -b model -t model -o out --as 2bit
+bad "stored form with a rank" 2 "--rank is for --as lora" $no extract -b model -t model -o out --as 1bit -r 4
+bad "stored difference of nothing" 3 "^model: does not differ from the base" $no extract -b model -t model -o out --as 1bit
+bad "energy 0" 2 "--energy: expected a number above 0" $no extract -b model -t $ad -o out --as lowrank --energy 0
+bad "stored difference of another base" 3 "residual.json: made on another base" "\"\$espalier\" extract -q -b model -t $ad -o kept --as 1bit; edit 's/32000/32001/;s/\"[0-9a-f]\{32\}\"/\"00\"/' kept/residual.json" merge -b model --models kept --method linear -o out
 bad "verification of an adapter" 2 "dtype and verify are for a model" $no merge -b model -a $ad -o out --combine cat --verify 2
 tune='"$espalier" run r.yaml -q --output in --set'
 bad "vllm export of a module in full" 2 "^in/adapters/a: module 'model.norm' is trained in full .* use merge" "$tune 'adapter.modules_to_save=[model.norm]' >log 2>&1" export -b model -a in/adapters/a -o out --for vllm

@@ -218,7 +218,7 @@ static void test_files(void **state) {
   snprintf(out, sizeof out, "%s/merged2", root);
   adapters[0] = adapter;
   esp_merge_options m = {
-      .base = model, .adapters = adapters, .n_adapters = 1, .out = out, .dtype = "fp32", .verify = 2};
+      .base = model, .inputs = adapters, .n_inputs = 1, .out = out, .dtype = "fp32", .verify = 2};
   esp_merge_result mr;
   ok(esp_merge(&m, &mr));
   assert_true(mr.changed > 0 && mr.rows > 0 && mr.max_rel < 1e-4);
