@@ -311,6 +311,8 @@ static const esp_key continual_keys[] = {
      .help = "what is done against forgetting, one or several that act in this order"},
     {"replay", ESP_T_OBJECT, .object = &esp_schema_replay},
     {"l2", ESP_T_OBJECT, .object = &esp_schema_l2},
+    {"gem", ESP_T_OBJECT, .object = &esp_schema_gem},
+    {"agem", ESP_T_OBJECT, .object = &esp_schema_agem},
 };
 
 SECTION_OBJECT(model, "The frozen base.");

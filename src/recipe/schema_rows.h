@@ -17,5 +17,6 @@
 
 /* schema_strategies.c: the keys of each strategy, continual.<its name>. */
 extern const esp_object esp_schema_replay, esp_schema_l2;
+extern const esp_object esp_schema_gem, esp_schema_agem;
 
 #endif

@@ -6,5 +6,9 @@
 
 extern const esp_strategy_kind esp_strategy_replay;
 extern const esp_strategy_kind esp_strategy_l2;
+extern const esp_strategy_kind esp_strategy_gem, esp_strategy_agem;
+
+/* gem.c: v = argmin 1/2 v^T P v + c^T v with v >= margin; P [n, n] symmetric and positive semidefinite. */
+esp_status esp_gem_solve(int n, const double *p, const double *c, double margin, double *v);
 
 #endif

@@ -7,6 +7,8 @@
 static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_replay,
     &esp_strategy_l2,
+    &esp_strategy_gem,
+    &esp_strategy_agem,
 };
 /* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };

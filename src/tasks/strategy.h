@@ -34,6 +34,16 @@ typedef struct esp_strategy_cfg {
   struct {
     double weight; /* lambda: weight/2 * |theta - theta_previous|^2 */
   } l2;
+  struct {
+    double buffer; /* as replay.buffer */
+    const char *sampler;
+    double margin;
+  } gem;
+  struct {
+    double buffer;
+    const char *sampler;
+    int64_t batch; /* drawn in a step */
+  } agem;
 } esp_strategy_cfg;
 
 /* The run as a strategy sees it. Filled in by the room that trains; model, adapter and optim are those of the present

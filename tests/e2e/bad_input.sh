@@ -315,6 +315,10 @@ lines=4
 bad "everything that is wrong with the files" 3 "^evaluation set 'a': a.test.jsonl: " "rm a.test.jsonl; edit '2s/.*/{/' a.jsonl; line 'log: {every: 1}'; printf '  - {name: b, data: [{path: nodata.jsonl}]}\n' >more; edit '/eval: a\$/r more' r.yaml; rm more" check r.yaml 'adapter.target=[zz_proj]'
 lines=1
 
+bad "gem with half a sample" 2 "continual.gem.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=gem continual.gem.buffer=1.5
+bad "a negative margin" 2 "margin" $no run r.yaml continual.gem.margin=-1
+bad "agem with one task" 2 "continual.strategy: agem has nothing to do with one task" $no run r.yaml continual.strategy=agem
+
 # ---- runs ----
 bad "a run is already there" 2 "run.* already" $no run r.yaml --output run
 bad "output below a file" 3 "a.jsonl" $no run r.yaml --output a.jsonl/x
