@@ -47,16 +47,24 @@ typedef enum esp_schedule_name {
   ESP_SCHED_CONSTANT,
   ESP_SCHED_LINEAR,
   ESP_SCHED_COSINE,
-  ESP_SCHED_WSD
+  ESP_SCHED_WSD,
+  ESP_SCHED_INFINITE
 } esp_schedule_name;
 typedef struct esp_schedule {
   esp_schedule_name name;
   double warmup_steps; /* >= 1: steps; in (0,1): share of the total */
   double min_lr_ratio; /* floor, as a share of lr */
-  double decay_share;  /* WSD: share of the steps in the final decay (default 0.2), 1-sqrt or linear as documented */
+  double decay_share;  /* WSD: share of the steps in the final decay (default 0.2) */
+  /* infinite; the steps like warmup_steps */
+  double cooldown_steps, anneal_steps, constant_ratio;
 } esp_schedule;
 /* Factor on lr for 0-based `step` of `total`: a pure function. */
 double esp_schedule_factor(const esp_schedule *s, int64_t step, int64_t total);
+/* The same where one schedule runs on over several tasks; infinite then decays at the end of each of them. */
+double esp_schedule_run_factor(const esp_schedule *s, int64_t step, int64_t total, int64_t task_step,
+                               int64_t task_steps);
+/* The last of `total` steps, in which wsd and infinite decay; 0 for the others. */
+int64_t esp_schedule_decay_steps(const esp_schedule *s, int64_t total);
 int esp_schedule_parse(const char *name); /* -1 */
 
 #endif

@@ -101,6 +101,17 @@ static void check_foreign(esp_binder *b, const esp_node *map, const char *prefix
   }
 }
 
+/* The decay of `infinite` is a power of min_lr_ratio. */
+static void check_schedule(esp_binder *b, const esp_node *map, const char *prefix, const esp_schedule *s) {
+  if (s->name != ESP_SCHED_INFINITE) return;
+  if (s->anneal_steps > 0 && s->min_lr_ratio <= 0)
+    esp_bind_error(b, node_at(map, "schedule", "min_lr_ratio"),
+                   "%sschedule.min_lr_ratio: must be above 0 for the decay of infinite (anneal: 0 has none)", prefix);
+  if (s->min_lr_ratio > s->constant_ratio)
+    esp_bind_error(b, node_at(map, "schedule", "constant_ratio"), "%sschedule.constant_ratio: is below min_lr_ratio",
+                   prefix);
+}
+
 static void check_sections(esp_binder *b, const esp_node *map, const char *prefix, const esp_data_cfg *data,
                            const esp_optim_cfg *optim, const esp_adapter_cfg *adapter) {
   char path[64];
@@ -210,6 +221,7 @@ void esp_check_recipe(esp_binder *b, const esp_node *root) {
   check_device(b, root);
   check_keep_best(b, root);
   check_sections(b, root, "", &r->data, &r->optim, &r->adapter);
+  check_schedule(b, root, "", &r->schedule);
   check_length(b, root, "", &r->train);
   for (int i = 0; i < r->n_tasks; i++) {
     esp_recipe_task *t = &r->tasks[i];
@@ -231,6 +243,7 @@ void esp_check_recipe(esp_binder *b, const esp_node *root) {
     esp_adapter_cfg adapter = t->adapter;
     if (adapter.layers_pattern == r->adapter.layers_pattern && !r->adapter.n_layers) adapter.layers_pattern = NULL;
     if (again) check_sections(b, node, prefix, &data, &optim, &adapter);
+    if (node && esp_node_get(node, "schedule", NULL)) check_schedule(b, node, prefix, &t->schedule);
     t->adapter.seed = r->seed;
     t->adapter.tasks = r->continual.policy == ESP_POLICY_CONTINUE ? r->n_tasks : 1;
   }

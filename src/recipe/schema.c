@@ -206,7 +206,7 @@ static const esp_key optim_keys[] = {
 
 static const esp_key schedule_keys[] = {
     {"name", ESP_T_ENUM, AT(schedule.name), .def = "cosine", .flags = ESP_K_COMMON,
-     WORDS("constant", "linear", "cosine", "wsd"), .aliases = "lr_scheduler lr_scheduler_type type",
+     WORDS("constant", "linear", "cosine", "wsd", "infinite"), .aliases = "lr_scheduler lr_scheduler_type type",
      .help = "course of the learning rate after warm-up"},
     {"warmup", ESP_T_SHARE, AT(schedule.warmup_steps), .def = "3%", .flags = ESP_K_COMMON, RANGE(0, BIG),
      .aliases = "warmup_steps num_warmup_steps", .help = "steps, or a percentage of all steps, from 0 to lr"},
@@ -214,8 +214,15 @@ static const esp_key schedule_keys[] = {
      .aliases = "cosine_min_lr_ratio", .help = "lowest learning rate as a share of lr"},
     {"decay_share", ESP_T_NUMBER, AT(schedule.decay_share), .def = "0.2", RANGE(0, 1),
      .help = "wsd: share of the steps in the final decay"},
+    {"cooldown", ESP_T_SHARE, AT(schedule.cooldown_steps), .def = "20%", RANGE(0, BIG),
+     .help = "infinite: steps, or a percentage of all steps, of the cosine from lr to the constant rate"},
+    {"constant_ratio", ESP_T_NUMBER, AT(schedule.constant_ratio), .def = "0.5", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1),
+     .help = "infinite: the constant rate as a share of lr"},
+    {"anneal", ESP_T_SHARE, AT(schedule.anneal_steps), .def = "10%", RANGE(0, BIG),
+     .help =
+         "infinite: last steps of a task, or percentage of them, that decay exponentially to min_lr_ratio; 0: none"},
     {"restart", ESP_T_SWITCH, AT(schedule_restart), .def = "per_task", WORDS("continuous", "per_task"),
-     .help = "per_task: warm-up and decay in each task; continuous: once over all"},
+     .help = "per_task: warm-up and decay in each task; continuous: once over all (infinite: the last decay in each)"},
 };
 
 static const esp_key train_keys[] = {
@@ -255,9 +262,12 @@ static const esp_key parallel_keys[] = {
 #define SET(field) .offset = offsetof(esp_eval_set, field)
 static const esp_key set_keys[] = {
     {"name", ESP_T_NAME, SET(name), .flags = ESP_K_REQUIRED, .help = "how tasks refer to it"},
-    {"path", ESP_T_PATH, SET(source.path), .flags = ESP_K_REQUIRED, .help = "JSONL file"},
+    {"path", ESP_T_PATH, SET(source.path), .flags = ESP_K_REQUIRED, .help = "JSONL or JSON file, or a folder of them"},
+    {"split", ESP_T_WORD, SET(source.split), .def = "test", WORDS("train", "dev", "eval", "test"),
+     .help = "which file of a folder"},
     {"format", ESP_T_ENUM, SET(source.format), .def = "auto",
-     WORDS("auto", "prompt_completion", "alpaca", "text", "messages", "sharegpt", "classification"),
+     WORDS("auto", "prompt_completion", "alpaca", "text", "messages", "sharegpt", "classification", "cl_benchmark",
+           "natural_instructions"),
      .help = "shape of a row; auto: judged from the first row's keys"},
     {"metric", ESP_T_ENUM, SET(metric), .flags = ESP_K_REQUIRED,
      WORDS("perplexity", "choice", "exact_match", "rouge_l"),
@@ -273,10 +283,14 @@ static const esp_object set_object = {"evaluation set", "", set_keys, COUNT(set_
 
 #define SRC(field) .offset = offsetof(esp_data_source, field)
 static const esp_key source_keys[] = {
-    {"path", ESP_T_PATH, SRC(path), .flags = ESP_K_REQUIRED | ESP_K_COMMON, .help = "JSONL file"},
+    {"path", ESP_T_PATH, SRC(path), .flags = ESP_K_REQUIRED | ESP_K_COMMON,
+     .help = "JSONL or JSON file, or a folder of them"},
+    {"split", ESP_T_WORD, SRC(split), .def = "train", WORDS("train", "dev", "eval", "test"),
+     .help = "which file of a folder"},
     {"format", ESP_T_ENUM, SRC(format), .def = "auto", .flags = ESP_K_COMMON,
-     WORDS("auto", "prompt_completion", "alpaca", "text", "messages", "sharegpt", "classification"), .aliases = "type",
-     .help = "shape of a row; auto: judged from the first row's keys"},
+     WORDS("auto", "prompt_completion", "alpaca", "text", "messages", "sharegpt", "classification", "cl_benchmark",
+           "natural_instructions"),
+     .aliases = "type", .help = "shape of a row; auto: judged from the first row's keys"},
     {"weight", ESP_T_NUMBER, SRC(weight), .def = "1", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e6),
      .help = "how often its samples are drawn, relative to their number"},
     {"limit", ESP_T_INT, SRC(limit), .def = "all", RANGE(1, BIG), .word = "all", .help = "only the first rows"},

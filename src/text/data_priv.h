@@ -1,5 +1,6 @@
-/* data_priv.h: the stages of a dataset. rows.c turns a JSON row into runs of text with a loss flag, tokenise.c runs
- * into samples, cache.c keeps a source's samples in a file, dataset.c holds the whole. */
+/* data_priv.h: the stages of a dataset. source.c finds the rows of a file, rows.c turns a JSON row into runs of text
+ * with a loss flag, tokenise.c runs into samples, cache.c keeps a source's samples in a file, dataset.c holds the
+ * whole. */
 #ifndef ESP_TEXT_DATA_PRIV_H
 #define ESP_TEXT_DATA_PRIV_H
 
@@ -60,7 +61,24 @@ typedef struct esp_source_ctx { /* what a row needs */
   const char *chat; /* built-in template, NULL: none chosen */
   int eos_mode;     /* 0 none, 1 last, 2 turn */
   const char *labels_text;
+  const char *text_key, *label_key; /* of classification rows */
+  const char *definition;           /* natural_instructions, NULL: none */
 } esp_source_ctx;
+
+typedef struct esp_row_ref { /* a row of a file, and the line it begins on */
+  const char *text;
+  size_t n;
+  int64_t line;
+} esp_row_ref;
+typedef struct esp_source_file {
+  esp_map_file map;
+  esp_row_ref *rows; /* the first `limit` */
+  int64_t n_rows;
+} esp_source_file;
+/* Finds the file of c->src and the rows in it, and settles format, labels and prompt: c->src becomes a copy, of the
+ * arena's, that says all of it. */
+esp_status esp_source_open(esp_source_ctx *c, esp_arena *arena, esp_source_file *out);
+void esp_source_close(esp_source_file *f);
 
 esp_data_format esp_format_detect(const json_t *row);
 const char *esp_format_name(esp_data_format f);
@@ -74,8 +92,7 @@ char *esp_classification_prompt(const esp_source_ctx *c, const char *text, esp_a
 /* Appends ids and weights of a row; *prompt: leading tokens before the (last) answer. */
 esp_status esp_row_tokenise(const esp_source_ctx *c, const esp_row *row, const char *where, esp_ids *ids,
                             float **weights, int64_t *cap_weights, int64_t *prompt);
-/* All rows of a file. */
-esp_status esp_shard_tokenise(const esp_source_ctx *c, const char *text, size_t n, esp_shard *out);
+esp_status esp_shard_tokenise(const esp_source_ctx *c, const esp_source_file *file, esp_shard *out);
 
 void esp_cache_key(const esp_source_ctx *c, const char *file_hash, char key[33]);
 /* A missing, foreign or damaged file is a miss, never an error. */

@@ -17,7 +17,7 @@ void esp_shard_deinit(esp_shard *s) {
   memset(s, 0, sizeof *s);
 }
 
-static esp_status configure(esp_source_ctx *c, const esp_data_cfg *cfg, esp_arena *arena) {
+static esp_status configure(esp_source_ctx *c, const esp_data_cfg *cfg) {
   static const char *const modes[] = {"none", "last", "turn"};
   const char *eos = cfg->train_on_eos ? cfg->train_on_eos : "turn", *chat = cfg->chat_template;
   c->eos_mode = -1;
@@ -33,38 +33,11 @@ static esp_status configure(esp_source_ctx *c, const esp_data_cfg *cfg, esp_aren
       return esp_fail(ESP_ERR_RECIPE,
                       "data.chat_template: '%s' is not auto or builtin:chatml, llama3, mistral, gemma, alpaca", chat);
   }
-  esp_strbuf b; /* the labels as {labels} and the messages show them */
-  esp_strbuf_init(&b);
-  for (int i = 0; i < c->src->n_labels; i++) esp_strbuf_printf(&b, "%s%s", i ? ", " : "", c->src->labels[i]);
-  c->labels_text = b.failed ? NULL : esp_arena_strdup(arena, b.data ? b.data : "");
-  esp_strbuf_deinit(&b);
-  return c->labels_text ? ESP_OK : ESP_ERR_MEMORY;
+  return ESP_OK;
 }
 
-/* The format of the first row, where none was given. */
-static esp_status detect(esp_source_ctx *c, const char *text, size_t n) {
-  c->format = c->src->format;
-  size_t at = n >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3) ? 3 : 0;
-  while (at < n && strchr(" \t\r\n", text[at])) at++;
-  if (at == n) return esp_fail(ESP_ERR_DATA, "%s: the dataset is empty", c->src->path);
-  if (c->format == ESP_FMT_AUTO) {
-    const char *nl = memchr(text + at, '\n', n - at);
-    json_t *j = json_loadb(text + at, nl ? (size_t)(nl - text) - at : n - at, JSON_REJECT_DUPLICATES, NULL);
-    /* No JSON at all: the row reader says so, with the place. */
-    c->format = !j ? ESP_FMT_TEXT : json_is_object(j) ? esp_format_detect(j) : ESP_FMT_TEXT;
-    json_decref(j);
-    if (c->format == ESP_FMT_AUTO) {
-      esp_row none = {0};
-      json_t *empty = json_object();
-      int line = 1;
-      for (size_t i = 0; i < at; i++) line += text[i] == '\n';
-      char where[1200];
-      snprintf(where, sizeof where, "%s:%d", c->src->path, line);
-      esp_status st = empty ? esp_row_build(c, empty, where, &none) : ESP_ERR_MEMORY;
-      json_decref(empty);
-      return st;
-    }
-  }
+/* What a format asks of the recipe. */
+static esp_status check_format(const esp_source_ctx *c) {
   bool chat = c->format == ESP_FMT_MESSAGES || c->format == ESP_FMT_SHAREGPT;
   if (chat || (c->format == ESP_FMT_ALPACA && c->chat)) return esp_row_check_template(c, c->src->path);
   if (c->format == ESP_FMT_CLASSIFICATION && c->src->prompt_template && !strstr(c->src->prompt_template, "{text}"))
@@ -72,22 +45,21 @@ static esp_status detect(esp_source_ctx *c, const char *text, size_t n) {
   return ESP_OK;
 }
 
-static esp_status build_shard(esp_source_ctx *c, esp_shard *out) {
+static esp_status build_shard(esp_source_ctx *c, esp_arena *arena, esp_shard *out) {
   char hash[33], key[33], path[4096] = "";
-  esp_map_file file = {0};
-  ESP_TRY(esp_file_map(c->src->path, &file));
+  esp_source_file file = {0};
   esp_status st = ESP_OK;
-  const char *text = file.data ? file.data : "";
-  ESP_GOTO(detect(c, text, file.size));
+  ESP_GOTO(esp_source_open(c, arena, &file));
+  ESP_GOTO(check_format(c));
   if (c->cfg->cache_dir) {
-    esp_hash_hex(text, file.size, hash);
+    esp_hash_hex(file.map.data, file.map.size, hash);
     esp_cache_key(c, hash, key);
     char name[64];
     snprintf(name, sizeof name, "tokens-%s.bin", key);
     if (key[0]) esp_path_join(path, sizeof path, c->cfg->cache_dir, name);
   }
   if (!path[0] || !esp_cache_load(path, key, esp_tokenizer_vocab(c->tok), out)) {
-    ESP_GOTO(esp_shard_tokenise(c, text, file.size, out));
+    ESP_GOTO(esp_shard_tokenise(c, &file, out));
     out->format = c->format;
     /* A cache that cannot be written (full or read-only disk) costs time, not the run. */
     if (path[0] && (esp_mkdirs(c->cfg->cache_dir) != ESP_OK || esp_cache_store(path, key, out) != ESP_OK)) {
@@ -100,7 +72,7 @@ static esp_status build_shard(esp_source_ctx *c, esp_shard *out) {
     st = esp_fail(ESP_ERR_DATA, "%s: the dataset is empty: all %lld rows are longer than sequence_len %lld",
                   c->src->path, (long long)out->stats.dropped_overlong, (long long)c->cfg->sequence_len);
 out:
-  esp_file_unmap(&file);
+  esp_source_close(&file);
   return st;
 }
 
@@ -140,7 +112,7 @@ static esp_status label_tokens(const esp_source_ctx *c, const char *label, esp_i
   any.src = &source;
   any.format = ESP_FMT_CLASSIFICATION;
   esp_row row = {.arena = esp_arena_create(ESP_MEM_DATA)};
-  json_t *j = json_pack("{s:s,s:s}", "text", "x", "label", label);
+  json_t *j = json_pack("{s:s,s:s}", c->text_key, "x", c->label_key, label);
   if (!row.arena || !j) {
     st = ESP_ERR_MEMORY;
     goto out;
@@ -215,9 +187,9 @@ esp_status esp_dataset_build(const esp_data_source *src, int n_src, const esp_da
     ctx[i].cfg = cfg;
     ctx[i].tok = tok;
     d->share[i] = src[i].weight > 0 ? src[i].weight : 1.0;
-    ESP_GOTO(configure(&ctx[i], cfg, d->arena));
+    ESP_GOTO(configure(&ctx[i], cfg));
     d->n_shards = i + 1;
-    ESP_GOTO(build_shard(&ctx[i], &d->shards[i]));
+    ESP_GOTO(build_shard(&ctx[i], d->arena, &d->shards[i]));
     esp_shard *s = &d->shards[i];
     if (!(s->path = esp_arena_strdup(d->arena, s->path))) {
       st = ESP_ERR_MEMORY;

@@ -15,7 +15,9 @@ typedef enum esp_data_format {
   ESP_FMT_TEXT,
   ESP_FMT_MESSAGES,
   ESP_FMT_SHAREGPT,
-  ESP_FMT_CLASSIFICATION
+  ESP_FMT_CLASSIFICATION,
+  ESP_FMT_CL_BENCHMARK,        /* O-LoRA's: becomes classification */
+  ESP_FMT_NATURAL_INSTRUCTIONS /* becomes classification where its labels are known */
 } esp_data_format;
 typedef enum esp_overlong {
   ESP_OVER_DROP,
@@ -28,7 +30,8 @@ typedef enum esp_packing { ESP_PACK_OFF, ESP_PACK_BFD } esp_packing;
 typedef enum esp_train_on { ESP_TRAIN_ASSISTANT /* = completion */, ESP_TRAIN_ALL } esp_train_on;
 
 typedef struct esp_data_source {
-  const char *path;
+  const char *path;  /* a file, or a folder that holds one per split */
+  const char *split; /* of a folder: train, dev, eval, test; NULL: train */
   esp_data_format format;
   double weight; /* sampling share; 1 */
   int64_t limit; /* 0: all */

@@ -5,8 +5,9 @@
 #include "text/data_priv.h"
 #include "text/template_priv.h"
 
-static const char *const format_names[] = {"auto",     "prompt_completion", "alpaca",        "text",
-                                           "messages", "sharegpt",          "classification"};
+static const char *const format_names[] = {"auto",           "prompt_completion", "alpaca",
+                                           "text",           "messages",          "sharegpt",
+                                           "classification", "cl_benchmark",      "natural_instructions"};
 
 const char *esp_format_name(esp_data_format f) {
   return format_names[f];
@@ -18,6 +19,7 @@ esp_data_format esp_format_detect(const json_t *row) {
   if (json_object_get(row, "instruction")) return ESP_FMT_ALPACA;
   if (json_object_get(row, "prompt")) return ESP_FMT_PROMPT_COMPLETION;
   if (json_object_get(row, "text") && json_object_get(row, "label")) return ESP_FMT_CLASSIFICATION;
+  if (json_object_get(row, "sentence") && json_object_get(row, "label")) return ESP_FMT_CL_BENCHMARK;
   if (json_object_get(row, "text")) return ESP_FMT_TEXT;
   return ESP_FMT_AUTO;
 }
@@ -80,7 +82,8 @@ static esp_status prompt_completion(const esp_source_ctx *c, const json_t *j, co
     completion = json_string_value(json_array_get(references, 0));
     if (!completion) return esp_fail(ESP_ERR_DATA, "%s: key 'references' must be a list of strings", where);
   } else {
-    ESP_TRY(text_of(j, "completion", where, true, &completion));
+    bool answer = !json_object_get(j, "completion") && json_object_get(j, "answer"); /* TRACE's word for it */
+    ESP_TRY(text_of(j, answer ? "answer" : "completion", where, true, &completion));
   }
   return prompt_answer(c, prompt, completion, where, r);
 }
@@ -108,6 +111,9 @@ char *esp_classification_prompt(const esp_source_ctx *c, const char *text, esp_a
     } else if (!strncmp(form, "{labels}", 8)) {
       esp_strbuf_puts(&b, c->labels_text);
       form += 8;
+    } else if (!strncmp(form, "{definition}", 12) && c->definition) {
+      esp_strbuf_puts(&b, c->definition);
+      form += 12;
     } else {
       esp_strbuf_putc(&b, *form++);
     }
@@ -120,16 +126,19 @@ char *esp_classification_prompt(const esp_source_ctx *c, const char *text, esp_a
 static esp_status classification(const esp_source_ctx *c, const json_t *j, const char *where, esp_row *r) {
   const char *text = NULL, *label = NULL;
   const esp_data_source *s = c->src;
-  ESP_TRY(text_of(j, "text", where, true, &text));
-  const json_t *v = json_object_get(j, "label");
-  if (json_is_integer(v)) { /* an index into the labels, else its digits */
+  ESP_TRY(text_of(j, c->text_key, where, true, &text));
+  const json_t *v = json_object_get(j, c->label_key);
+  if (json_is_array(v)) { /* several right answers */
+    if (!(label = json_string_value(json_array_get(v, 0))))
+      return esp_fail(ESP_ERR_DATA, "%s: key '%s' must be a string or a list of strings", where, c->label_key);
+  } else if (json_is_integer(v)) { /* an index into the labels, else its digits */
     int64_t k = json_integer_value(v);
     if (s->n_labels && k >= 0 && k < s->n_labels)
       label = s->labels[k];
     else if (!(label = esp_arena_printf(r->arena, "%lld", (long long)k)))
       return ESP_ERR_MEMORY;
   } else {
-    ESP_TRY(text_of(j, "label", where, true, &label));
+    ESP_TRY(text_of(j, c->label_key, where, true, &label));
   }
   bool known = s->n_labels == 0;
   for (int i = 0; i < s->n_labels; i++) known = known || !strcmp(label, s->labels[i]);
@@ -140,7 +149,7 @@ static esp_status classification(const esp_source_ctx *c, const json_t *j, const
   }
   char *prompt = esp_classification_prompt(c, text, r->arena);
   if (!prompt) return ESP_ERR_MEMORY;
-  r->label = label;
+  if (c->format == ESP_FMT_CLASSIFICATION) r->label = label;
   return prompt_answer(c, prompt, label, where, r);
 }
 
@@ -319,12 +328,14 @@ esp_status esp_row_build(const esp_source_ctx *c, const json_t *j, const char *w
   case ESP_FMT_SHAREGPT:
     return conversation(c, j, where, row);
   case ESP_FMT_CLASSIFICATION:
+  case ESP_FMT_CL_BENCHMARK:
+  case ESP_FMT_NATURAL_INSTRUCTIONS: /* without labels: the output is free text */
     return classification(c, j, where, row);
   case ESP_FMT_AUTO:
     break;
   }
   return esp_fail(ESP_ERR_DATA,
                   "%s: the format is not recognisable: expected the keys messages, conversations, instruction, "
-                  "prompt+completion, text+label or text",
+                  "prompt+completion, prompt+answer, text+label, sentence+label or text",
                   where);
 }

@@ -72,12 +72,6 @@ out:
 }
 
 /* ---- blocks of lines ---- */
-typedef struct line_ref {
-  const char *text;
-  size_t n;
-  int64_t number;
-} line_ref;
-
 typedef struct block {
   esp_ids ids;
   float *weights;
@@ -92,8 +86,7 @@ typedef struct block {
 
 typedef struct job {
   const esp_source_ctx *c;
-  const line_ref *lines;
-  int64_t n_lines;
+  const esp_source_file *file;
   block *blocks;
 } job;
 
@@ -193,12 +186,12 @@ static esp_status fit(const esp_source_ctx *c, block *b, int64_t at, int64_t pro
   return keep(b, at, limit, prompt, line, answer);
 }
 
-static esp_status one_line(const esp_source_ctx *c, const line_ref *l, block *b, esp_arena *arena) {
+static esp_status one_line(const esp_source_ctx *c, const esp_row_ref *l, block *b, esp_arena *arena) {
   esp_status st = ESP_OK;
   char where[1200];
   json_error_t error;
-  snprintf(where, sizeof where, "%s:%lld", c->src->path, (long long)l->number);
-  json_t *j = json_loadb(l->text, l->n, JSON_REJECT_DUPLICATES, &error);
+  snprintf(where, sizeof where, "%s:%lld", c->src->path, (long long)l->line);
+  json_t *j = json_loadb(l->text, l->n, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &error);
   if (!j) return esp_fail(ESP_ERR_DATA, "%s: column %d: not valid JSON: %s", where, error.column, error.text);
   esp_row row = {.arena = arena};
   int64_t at = b->ids.n, prompt;
@@ -220,7 +213,7 @@ static esp_status one_line(const esp_source_ctx *c, const line_ref *l, block *b,
   if (b->text.failed)
     st = ESP_ERR_MEMORY;
   else
-    st = fit(c, b, at, prompt, l->number, answer, where);
+    st = fit(c, b, at, prompt, l->line, answer, where);
 out:
   json_decref(j);
   return st;
@@ -229,37 +222,13 @@ out:
 static void run_block(void *ctx, int64_t chunk, int thread) {
   job *job = ctx;
   block *b = &job->blocks[chunk];
-  int64_t from = chunk * BLOCK, to = from + BLOCK < job->n_lines ? from + BLOCK : job->n_lines;
+  int64_t from = chunk * BLOCK, to = from + BLOCK < job->file->n_rows ? from + BLOCK : job->file->n_rows;
   esp_arena *arena = esp_arena_create(ESP_MEM_DATA);
   b->status = arena ? ESP_OK : ESP_ERR_MEMORY;
-  for (int64_t i = from; i < to && b->status == ESP_OK; i++) b->status = one_line(job->c, &job->lines[i], b, arena);
+  for (int64_t i = from; i < to && b->status == ESP_OK; i++)
+    b->status = one_line(job->c, &job->file->rows[i], b, arena);
   if (b->status != ESP_OK) b->message = esp_mem_strdup(ESP_MEM_HOST, esp_error_message()); /* errors are per thread */
   esp_arena_destroy(arena);
-}
-
-static esp_status find_lines(const esp_source_ctx *c, const char *text, size_t n, line_ref **out, int64_t *count) {
-  int64_t cap = 0, number = 0;
-  *out = NULL;
-  *count = 0;
-  size_t at = n >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3) ? 3 : 0; /* byte order mark */
-  while (at < n) {
-    const char *nl = memchr(text + at, '\n', n - at);
-    size_t end = nl ? (size_t)(nl - text) : n, next = nl ? end + 1 : n;
-    number++;
-    while (end > at && (text[end - 1] == '\r' || text[end - 1] == ' ' || text[end - 1] == '\t')) end--;
-    if (end > at) {
-      if (c->src->limit > 0 && *count == c->src->limit) break;
-      if (*count == cap) {
-        cap = cap * 2 + 1024;
-        void *p = esp_mem_realloc(ESP_MEM_DATA, *out, (size_t)cap * sizeof **out);
-        if (!p) return ESP_ERR_MEMORY;
-        *out = p;
-      }
-      (*out)[(*count)++] = (line_ref){text + at, end - at, number};
-    }
-    at = next;
-  }
-  return ESP_OK;
 }
 
 static void add_stats(esp_dataset_stats *a, const esp_dataset_stats *b) {
@@ -310,20 +279,17 @@ static esp_status join(block *blocks, int64_t n, esp_shard *out) {
   return ESP_OK;
 }
 
-esp_status esp_shard_tokenise(const esp_source_ctx *c, const char *text, size_t n, esp_shard *out) {
+esp_status esp_shard_tokenise(const esp_source_ctx *c, const esp_source_file *file, esp_shard *out) {
   esp_status st = ESP_OK;
-  line_ref *lines = NULL;
-  int64_t n_lines = 0, n_blocks = 0;
+  int64_t n_blocks = (file->n_rows + BLOCK - 1) / BLOCK;
   block *blocks = NULL;
-  ESP_GOTO(find_lines(c, text, n, &lines, &n_lines));
-  n_blocks = (n_lines + BLOCK - 1) / BLOCK;
   blocks = esp_mem_alloc(ESP_MEM_DATA, (size_t)n_blocks * sizeof *blocks);
   if (!blocks) {
     n_blocks = 0;
     st = ESP_ERR_MEMORY;
     goto out;
   }
-  job j = {c, lines, n_lines, blocks};
+  job j = {c, file, blocks};
   esp_parallel(n_blocks, run_block, &j);
   for (int64_t i = 0; i < n_blocks; i++)
     if (blocks[i].status != ESP_OK) {
@@ -340,6 +306,5 @@ out:
     esp_mem_free(blocks[i].message);
   }
   esp_mem_free(blocks);
-  esp_mem_free(lines);
   return st;
 }

@@ -153,8 +153,9 @@ static esp_status restore(esp_loop *l) {
 
 static double learning_rate(const esp_loop *l, const esp_recipe_task *t, int64_t task_steps) {
   const esp_cursor *at = &l->state.at;
-  double f = l->r->schedule_restart ? esp_schedule_factor(&t->schedule, at->task_step, task_steps)
-                                    : esp_schedule_factor(&l->r->schedule, at->step, l->total_steps);
+  double f = l->r->schedule_restart
+                 ? esp_schedule_factor(&t->schedule, at->task_step, task_steps)
+                 : esp_schedule_run_factor(&l->r->schedule, at->step, l->total_steps, at->task_step, task_steps);
   return t->optim.lr * f;
 }
 

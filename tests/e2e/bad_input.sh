@@ -298,6 +298,11 @@ bad "ia3 with dropout" 2 "adapter.dropout: ia3 has none" $no run r.yaml adapter.
 bad "norm tuning of a linear module" 2 "adapter.target: .*q_proj is a linear, which ln_tuning cannot attach to" $no run r.yaml adapter.type=ln_tuning
 bad "norm tuning with biases" 2 "adapter.bias: ln_tuning trains no bias beside its own" $no run r.yaml adapter.type=ln_tuning adapter.target=all-linear adapter.bias=all
 bad "biases of a base that has none" 2 "adapter.type: bitfit trains biases, model has none" $no run r.yaml adapter.type=bitfit
+bad "a decay to nothing" 2 "schedule.min_lr_ratio: must be above 0 for the decay of infinite" $no run r.yaml schedule.name=infinite schedule.min_lr_ratio=0
+bad "a constant rate below the lowest" 2 "schedule.constant_ratio: is below min_lr_ratio" $no run r.yaml schedule.name=infinite schedule.constant_ratio=0.05
+bad "folder without the split" 3 "empty: this folder holds no dev.json and no dev.jsonl" $no run r.yaml 'tasks[0].data[0].path=empty' 'tasks[0].data[0].split=dev'
+bad "benchmark outside its groups" 3 "x/train.json: is in no folder SC, TC" "mkdir x; replace x/train.json '[{\"sentence\": \"s\", \"label\": \"l\"}]'" run r.yaml 'tasks[0].data[0].path=x'
+bad "list of rows that does not end" 3 "a.jsonl:3:1: expected ']'" "sed -i -e '1i[' -e '2,\$d' a.jsonl" run r.yaml
 bad "adapter missing" 3 "noadapter" $no eval r.yaml -a noadapter
 bad "adapter_config.json missing" 3 "adapter_config.json" "rm $ad/adapter_config.json" eval r.yaml -a $ad
 bad "adapter_config.json not JSON" 3 "adapter_config.json:[0-9]+" "replace $ad/adapter_config.json '{'" eval r.yaml -a $ad

@@ -1,7 +1,8 @@
 /* test_optim_rules.c: AdamW and SGD against fp64 scalar traces and the published 1000-step AdamW trajectory; groups,
  * freezing, decay switches, clipping scale, shadow; schedules; the layout of the parameter store; the counting
  * backend's books against the real ones. All on the backend that backend_env.h names.
- * Seen to catch: weight decay coupled into AdamW's gradient instead of applied to the parameter. */
+ * Seen to catch: weight decay coupled into AdamW's gradient instead of applied to the parameter; the cool-down of
+ * the infinite schedule ten steps too short. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -204,6 +205,47 @@ static void test_schedules(void **state) {
   assert_int_equal(esp_schedule_parse("cosnie"), -1);
 }
 
+/* The four phases of `infinite` (arXiv 2503.02844, eq. 1) at points where they are known by hand: 10 steps of warm-up,
+ * 40 of cosine to 0.4, constant, 20 of decay to 0.1. */
+static void test_infinite_schedule(void **state) {
+  (void)state;
+  esp_schedule s = {.name = ESP_SCHED_INFINITE,
+                    .warmup_steps = 10,
+                    .cooldown_steps = 40,
+                    .constant_ratio = 0.4,
+                    .anneal_steps = 20,
+                    .min_lr_ratio = 0.1};
+  close_to(esp_schedule_factor(&s, 4, 200), 0.5, 1e-12);
+  close_to(esp_schedule_factor(&s, 9, 200), 1, 1e-12);
+  close_to(esp_schedule_factor(&s, 10, 200), 1, 1e-12);
+  close_to(esp_schedule_factor(&s, 20, 200), 0.4 + 0.3 * (1 + sqrt(0.5)), 1e-12); /* cos 45 degrees */
+  close_to(esp_schedule_factor(&s, 30, 200), 0.7, 1e-12);
+  close_to(esp_schedule_factor(&s, 45, 200), 0.4 + 0.3 * (1 - sqrt(2 + sqrt(2)) / 2), 1e-12); /* cos 157.5 degrees */
+  close_to(esp_schedule_factor(&s, 50, 200), 0.4, 1e-12);
+  close_to(esp_schedule_factor(&s, 180, 200), 0.4, 1e-12);
+  close_to(esp_schedule_factor(&s, 190, 200), 0.2, 1e-12); /* half way: the geometric mean of 0.4 and 0.1 */
+  close_to(esp_schedule_factor(&s, 195, 200), 0.4 * pow(0.25, 0.75), 1e-12);
+  assert_int_equal(esp_schedule_decay_steps(&s, 200), 20);
+  assert_int_equal(esp_schedule_decay_steps(&s, 12), 12);
+  /* It has no budget: further tasks move nothing but the last decay. */
+  for (int i = 0; i < 180; i++) assert_true(esp_schedule_factor(&s, i, 200) == esp_schedule_factor(&s, i, 100000));
+  /* Over tasks of 100 steps: the phases run on, and each task ends with a decay. */
+  close_to(esp_schedule_run_factor(&s, 30, 300, 30, 100), 0.7, 1e-12);
+  close_to(esp_schedule_run_factor(&s, 90, 300, 90, 100), 0.2, 1e-12);
+  close_to(esp_schedule_run_factor(&s, 100, 300, 0, 100), 0.4, 1e-12); /* no warm-up again */
+  close_to(esp_schedule_run_factor(&s, 189, 300, 89, 100), 0.4 * pow(0.25, 9.0 / 20), 1e-12);
+  close_to(esp_schedule_run_factor(&s, 200, 300, 0, 100), 0.4, 1e-12);
+  close_to(esp_schedule_run_factor(&s, 295, 300, 95, 100), 0.4 * pow(0.25, 0.75), 1e-12);
+  s.anneal_steps = 0.5; /* of a task that ends in the cosine: from where that stood, 0.7, not from the constant rate */
+  close_to(esp_schedule_run_factor(&s, 45, 60, 45, 60), 0.7 * sqrt(1 / 7.0), 1e-12);
+  s.anneal_steps = 0;
+  close_to(esp_schedule_run_factor(&s, 299, 300, 99, 100), 0.4, 1e-12);
+  /* The others know nothing of tasks. */
+  esp_schedule cosine = {.name = ESP_SCHED_COSINE};
+  close_to(esp_schedule_run_factor(&cosine, 50, 100, 0, 50), 0.5, 1e-12);
+  assert_int_equal(esp_schedule_parse("infinite"), ESP_SCHED_INFINITE);
+}
+
 static void test_store_layout(void **state) {
   (void)state;
   esp_params *ps;
@@ -363,6 +405,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_traces),
                                      cmocka_unit_test(test_published_adamw_trajectory),
                                      cmocka_unit_test(test_schedules),
+                                     cmocka_unit_test(test_infinite_schedule),
                                      cmocka_unit_test(test_store_layout),
                                      cmocka_unit_test(test_count_keeps_the_same_books),
                                      cmocka_unit_test(test_stack_overflow_is_sticky)};
