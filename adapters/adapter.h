@@ -152,6 +152,7 @@ typedef struct esp_adapter_kind {
   esp_status (*declare_site)(esp_adapter *a, esp_site *s); /* EMBED, NORM */
   /* Fills master values (host, through esp_params_set) after the store is finalized; may call esp_site_add_delta. */
   esp_status (*init)(esp_adapter *a, esp_site *s);
+  esp_status (*start)(esp_adapter *a); /* optional: the same for parameters that belong to no site */
 
   /* the step: see esp_adapter_hooks for the contract of each; NULL: does nothing */
   void (*input)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor *x, void **slot);

@@ -207,6 +207,7 @@ esp_status esp_adapter_build(esp_model *m, const esp_adapter_cfg *cfg, const cha
     for (size_t i = 0; i < n; i++)
       if (a->targeted[i] && (!loading || kind->reads_base || esp_lora_rewrites_base(a->cfg.init)))
         ESP_GOTO(kind->init(a, sites[i]));
+  if (kind->start && !loading && !esp_backend_counts(a->params->be)) ESP_GOTO(kind->start(a));
   ESP_GOTO(esp_train_modules_init(a, loading));
 out:
   if (st) {

@@ -19,7 +19,7 @@ extern const esp_adapter_kind esp_kind_lora, esp_kind_full, esp_kind_none;
 extern const esp_adapter_kind esp_kind_miss;
 extern const esp_adapter_kind esp_kind_bat, esp_kind_hra, esp_kind_oft;
 
-extern const esp_adapter_kind esp_kind_prompt;
+extern const esp_adapter_kind esp_kind_prompt, esp_kind_prefix;
 
 /* prompt.c: for kinds of virtual tokens. params: "prompt_embeddings" [n, width]. */
 int64_t esp_virtual_count(const esp_adapter *a);

@@ -35,6 +35,7 @@ static const esp_adapter_kind *const kinds[] = {
     &esp_kind_hra,
     &esp_kind_oft,
     &esp_kind_prompt,
+    &esp_kind_prefix,
 };
 /* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };

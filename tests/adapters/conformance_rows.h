@@ -23,6 +23,7 @@ typedef struct row {
 #define LOTR .type = "lotr", .r = 3, .alpha = 2, .seed = 5
 #define PMSS .type = "pmss", .r = 5, .alpha = 60, .seed = 5
 #define PROMPT .type = "prompt", .seed = 5
+#define PREFIX .type = "prefix", .seed = 5
 #define HUT .type = "hut", .r = 3, .alpha = 6, .seed = 5
 #define LOKR .type = "lokr", .r = 2, .alpha = 20, .seed = 5
 
@@ -252,6 +253,9 @@ static const row rows[] = {
      "llama",
      {PROMPT, .prompt_text = "x", .prompt_ids = (const int32_t[]){7, 30, 2}, .n_prompt_ids = 3},
      false},
+    {"prefix", "qwen", {PREFIX, .virtual_tokens = 5}, false},
+    {"prefix before positions", "gpt2", {PREFIX, .virtual_tokens = 3}, false},
+    {"prefix, tied", "llama", {PREFIX}, false},
     {"hut", "qwen", {HUT, NAMES("all-linear")}, false},
     {"hut conv1d", "gpt2", {HUT, NAMES("c_attn", "c_proj", "c_fc")}, false},
     {"hut k and up",

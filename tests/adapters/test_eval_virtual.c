@@ -16,6 +16,8 @@ static const struct {
 } cases[] = {
     {"prompt", "qwen", {.type = "prompt", .virtual_tokens = 5, .seed = 3}},
     {"prompt, learned positions", "gpt2", {.type = "prompt", .virtual_tokens = 4, .seed = 3}},
+    {"prefix", "qwen", {.type = "prefix", .virtual_tokens = 5, .seed = 3}},
+    {"prefix, learned positions", "gpt2", {.type = "prefix", .virtual_tokens = 4, .seed = 3}},
 };
 enum { N_CASES = sizeof cases / sizeof cases[0] };
 
@@ -193,8 +195,8 @@ static void refusals(void **state) {
   const esp_adapter_cfg tokens = {.type = "lora", .r = 2, .alpha = 2, TARGET("embed_tokens")};
   const esp_adapter_cfg lora = {.type = "lora", .r = 2, .alpha = 2, TARGET("q_proj", "v_proj")};
   esp_adapter *a = add(&r, &cases[0].cfg, "one", 0.1f);
-  const esp_adapter_cfg *others[] = {&cases[0].cfg, &dora, &tokens};
-  for (int k = 0; k < 3; k++) {
+  const esp_adapter_cfg *others[] = {&cases[0].cfg, &dora, &tokens, &cases[2].cfg};
+  for (int k = 0; k < 4; k++) {
     esp_adapter *b = add(&r, others[k], "two", 0.1f), *list[] = {a, b};
     refuse(esp_adapters_activate(r.m, list, 2), ESP_ERR_RECIPE, "'one' (prompt)");
     refuse(esp_adapters_activate(r.m, list, 2), ESP_ERR_RECIPE, "cannot both be active");

@@ -50,6 +50,10 @@ static const struct {
     {"coft", "llama", true},
     {"prompt", "qwen3", true},
     {"prompt_positions", "gpt2", true},
+    {"prefix", "llama", true},
+    {"prefix_norms", "qwen3", true},
+    {"prefix_positions", "gpt2", true},
+    {"prefix_window", "mistral", true},
 };
 
 static const char *golden(const char *what, const char *name) {

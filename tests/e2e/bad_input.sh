@@ -142,6 +142,8 @@ bad "combination with a prompt" 2 "prompt" "$prompt" merge -b model -a in/adapte
 bad "export of a prompt" 2 "in/adapters/a: an adapter of type prompt has no matrix form" "$prompt" export -b model -a in/adapters/a -o out --as lora
 bad "dora with prompt" 2 "adapters '.*' \(dora\) and '.*' \(prompt\) cannot both be active" "$prompt; mv in p; $tune adapter.type=dora >log 2>&1" generate -m model -a in/adapters/a -a p/adapters/a -p x
 bad "prompt with prompt" 2 "adapters '.*' \(prompt\) and '.*' \(prompt\) cannot both be active" "$prompt" generate -m model -a in/adapters/a -a in/adapters/a -p x
+bad "merge of a prefix" 2 "^in/adapters/a: an adapter of type prefix cannot be merged" "$tune adapter.type=prefix >log 2>&1" merge -b model -a in/adapters/a -o out
+bad "prefix with prompt" 2 "adapters '.*' \(prefix\) and '.*' \(prompt\) cannot both be active" "$prompt; mv in p; $tune adapter.type=prefix >log 2>&1" generate -m model -a in/adapters/a -a p/adapters/a -p x
 bad "a prompt for an encoder" 3 "^in/adapters/a/adapter_config.json: key 'num_transformer_submodules' is 2" "$prompt; edit 's/\(submodules\": \)1/\12/' in/adapters/a/adapter_config.json" generate -m model -a in/adapters/a -p x
 bad "extract with rank 0" 2 "--rank: expected an integer from 1" $no extract -b model -t model -o out -r 0
 bad "unknown colour mode" 2 "--color: 'blue' is not one of" $no data r.yaml --color blue
@@ -255,6 +257,9 @@ bad "a prompt of no text" 2 "adapter.prompt_text: prompt_init text needs one" $n
 bad "a text that is not read" 2 "adapter.prompt_text: is read with prompt_init text only" $no run r.yaml adapter.type=prompt adapter.prompt_init=random adapter.prompt_text=x
 bad "a prompt with dropout" 2 "adapter.dropout: prompt has none" $no run r.yaml adapter.type=prompt adapter.dropout=0.1
 bad "a prompt with modules in full" 2 "adapter.modules_to_save: prompt trains nothing of the base" $no run r.yaml adapter.type=prompt 'adapter.modules_to_save=[model.norm]'
+bad "a prefix of a text" 2 "adapter.prompt_text: is read by prompt, not by prefix" $no run r.yaml adapter.type=prefix adapter.prompt_text=x
+bad "a prefix of embeddings" 2 "adapter.prompt_init: 'vocab' is not for prefix, which has random and zero" $no run r.yaml adapter.type=prefix adapter.prompt_init=vocab
+bad "a prefix with biases" 2 "adapter.bias: prefix trains no bias" $no run r.yaml adapter.type=prefix adapter.bias=all
 bad "a prompt that leaves no room" 2 "adapter.virtual_tokens: 60000 leave no room in the base's [0-9]+ positions" $no run r.yaml adapter.type=prompt adapter.virtual_tokens=60000
 bad "virtual tokens of another kind" 2 "adapter.virtual_tokens: is read by prompt" $no run r.yaml adapter.virtual_tokens=8
 bad "more heads than there are" 2 "adapter.s2ft_heads: must be in 1 to [0-9]+, the heads of the base, is 99" $no run r.yaml adapter.type=s2ft adapter.s2ft_heads=99 adapter.s2ft_channels=4

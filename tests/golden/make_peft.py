@@ -72,6 +72,10 @@ CASES = [
                                     tinit=3, tfinal=5, deltaT=3, orth_reg_weight=0.0), True),
     ("prompt", "qwen3", dict(kind="PromptTuningConfig", num_virtual_tokens=5), True),
     ("prompt_positions", "gpt2", dict(kind="PromptTuningConfig", num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"), True),
+    ("prefix", "llama", dict(kind="PrefixTuningConfig", num_virtual_tokens=4), True),
+    ("prefix_norms", "qwen3", dict(kind="PrefixTuningConfig", num_virtual_tokens=5), True),
+    ("prefix_positions", "gpt2", dict(kind="PrefixTuningConfig", num_virtual_tokens=3), True),
+    ("prefix_window", "mistral", dict(kind="PrefixTuningConfig", num_virtual_tokens=4, init_weights="zero"), True),
 ]
 LENGTHS = [11, 17]
 
