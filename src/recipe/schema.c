@@ -328,6 +328,9 @@ static const esp_key continual_keys[] = {
     {"l2", ESP_T_OBJECT, .object = &esp_schema_l2},
     {"gem", ESP_T_OBJECT, .object = &esp_schema_gem},
     {"agem", ESP_T_OBJECT, .object = &esp_schema_agem},
+    {"ewc", ESP_T_OBJECT, .object = &esp_schema_ewc},
+    {"si", ESP_T_OBJECT, .object = &esp_schema_si},
+    {"group_lasso", ESP_T_OBJECT, .object = &esp_schema_group_lasso},
 };
 
 SECTION_OBJECT(model, "The frozen base.");

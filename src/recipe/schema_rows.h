@@ -16,7 +16,12 @@
 #define SECTION_OBJECT(n, h) static const esp_object n##_object = {#n, h, n##_keys, COUNT(n##_keys), 0}
 
 /* schema_strategies.c: the keys of each strategy, continual.<its name>. */
-extern const esp_object esp_schema_replay, esp_schema_l2;
-extern const esp_object esp_schema_gem, esp_schema_agem;
+extern const esp_object esp_schema_agem;
+extern const esp_object esp_schema_ewc;
+extern const esp_object esp_schema_gem;
+extern const esp_object esp_schema_group_lasso;
+extern const esp_object esp_schema_l2;
+extern const esp_object esp_schema_replay;
+extern const esp_object esp_schema_si;
 
 #endif

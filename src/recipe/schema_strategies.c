@@ -44,3 +44,26 @@ static const esp_key agem_keys[] = {
      .help = "samples of them that a step goes through"},
 };
 STRATEGY(agem, "Strategy agem: no step against the mean gradient of a batch of earlier tasks' samples.");
+static const esp_key ewc_keys[] = {
+    {"weight", ESP_T_NUMBER, AT(continual.strategy.ewc.weight), .def = "1000", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e12),
+     .help = "lambda of lambda/2 sum F (theta - theta_k)^2"},
+    {"samples", ESP_T_INT, AT(continual.strategy.ewc.samples), .def = "256", RANGE(1, 1e9),
+     .help = "samples of a task whose squared gradients give F"},
+    {"decay", ESP_T_NUMBER, AT(continual.strategy.ewc.decay), .def = "off", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1),
+     .word = "off", .help = "online form: F of earlier tasks is multiplied by this, the anchor is the latest optimum"},
+};
+STRATEGY(ewc, "Strategy ewc: parameters that finished tasks depend on are held.");
+
+static const esp_key si_keys[] = {
+    {"weight", ESP_T_NUMBER, AT(continual.strategy.si.weight), .def = "1", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e12),
+     .help = "c of c sum Omega (theta - theta_end)^2"},
+    {"damping", ESP_T_NUMBER, AT(continual.strategy.si.damping), .def = "1e-3", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e6),
+     .help = "xi: bounds the importance of parameters that hardly moved"},
+};
+STRATEGY(si, "Strategy si: parameters that the losses of finished tasks fell by are held.");
+
+static const esp_key group_lasso_keys[] = {
+    {"weight", ESP_T_NUMBER, AT(continual.strategy.group_lasso.weight), .def = "1e-3", .flags = ESP_K_ABOVE_MIN,
+     RANGE(0, 1e6), .help = "alpha of alpha sum_layers |theta_layer|"},
+};
+STRATEGY(group_lasso, "Strategy group_lasso: whole layers of the adapter are drawn to zero.");

@@ -4,9 +4,14 @@
 
 #include "tasks/strategy.h"
 
-extern const esp_strategy_kind esp_strategy_replay;
+extern const esp_strategy_kind esp_strategy_agem;
+extern const esp_strategy_kind esp_strategy_ewc;
+extern const esp_strategy_kind esp_strategy_gem;
+extern const esp_strategy_kind esp_strategy_group_lasso;
+extern const esp_strategy_kind esp_strategy_kind;
 extern const esp_strategy_kind esp_strategy_l2;
-extern const esp_strategy_kind esp_strategy_gem, esp_strategy_agem;
+extern const esp_strategy_kind esp_strategy_replay;
+extern const esp_strategy_kind esp_strategy_si;
 
 /* gem.c: v = argmin 1/2 v^T P v + c^T v with v >= margin; P [n, n] symmetric and positive semidefinite. */
 esp_status esp_gem_solve(int n, const double *p, const double *c, double margin, double *v);

@@ -9,6 +9,9 @@ static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_l2,
     &esp_strategy_gem,
     &esp_strategy_agem,
+    &esp_strategy_ewc,
+    &esp_strategy_si,
+    &esp_strategy_group_lasso,
 };
 /* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };

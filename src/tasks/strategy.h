@@ -44,6 +44,17 @@ typedef struct esp_strategy_cfg {
     const char *sampler;
     int64_t batch; /* drawn in a step */
   } agem;
+  struct {
+    double weight; /* lambda of lambda/2 sum F (theta - theta_k)^2 */
+    double decay;  /* gamma of the online form; 0: all tasks alike, each around its own optimum */
+    int64_t samples;
+  } ewc;
+  struct {
+    double weight, damping; /* c and xi */
+  } si;
+  struct {
+    double weight;
+  } group_lasso;
 } esp_strategy_cfg;
 
 /* The run as a strategy sees it. Filled in by the room that trains; model, adapter and optim are those of the present

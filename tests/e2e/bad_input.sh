@@ -352,7 +352,7 @@ bad "values held for ranks that move" 2 "l2 holds a value for each parameter" $n
 bad "values held for adapters that come and go" 2 "l2 needs one adapter through all tasks" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=l2 continual.policy=new_per_task
 bad "replay with one task" 2 "replay has nothing to replay with one task" $no run r.yaml continual.strategy=replay
 bad "replay of half a sample" 2 "replay.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=replay continual.replay.buffer=1.5
-bad "replay of nothing but the past" 2 "continual.replay.ratio.*1" $no run r.yaml continual.strategy=replay continual.replay.ratio=1
+bad "replay of nothing but the past" 2 "continual.replay.ratio: 1 is out of range" $no run r.yaml continual.replay.ratio=1
 bad "inspect nothing" 3 "nothere" $no inspect nothere
 bad "resume of another recipe" 2 "recipe" "edit 's/^  lr: .*/  lr: 0.5/' run/recipe.yaml" resume run
 bad "unknown instruction set" 5 "ESPALIER_ISA=vax" "export ESPALIER_ISA=vax" run r.yaml
