@@ -8,7 +8,6 @@ extern const esp_strategy_kind esp_strategy_agem;
 extern const esp_strategy_kind esp_strategy_ewc;
 extern const esp_strategy_kind esp_strategy_gem;
 extern const esp_strategy_kind esp_strategy_group_lasso;
-extern const esp_strategy_kind esp_strategy_kind;
 extern const esp_strategy_kind esp_strategy_l2;
 extern const esp_strategy_kind esp_strategy_replay;
 extern const esp_strategy_kind esp_strategy_si;
