@@ -26,6 +26,12 @@ typedef struct esp_skeleton { /* rows and columns of a module's weight */
   const int32_t *rows, *cols;
 } esp_skeleton;
 
+typedef struct esp_lora_start { /* first values of a module that a pass over data gave */
+  const char *path;
+  int64_t in, out, r;
+  const float *A, *B; /* [r, in], [out, r] */
+} esp_lora_start;
+
 typedef struct esp_mean_gates { /* of a module whose ranks gate themselves: what they come to on average */
   const char *path;
   int n;
@@ -38,7 +44,7 @@ typedef struct esp_adapter_cfg {
   int64_t r;
   double alpha, dropout;
   bool rslora;
-  const char *init; /* default | gaussian | orthogonal | pissa | olora */
+  const char *init; /* esp_lora_init_known */
   const char *bias; /* none | all | lora_only */
   bool lora_bias;
   /* target: exactly one of a list of names, a regex (fullmatch on the path), or "all-linear" */
@@ -58,6 +64,17 @@ typedef struct esp_adapter_cfg {
   const int32_t *trainable_tokens; /* rows of the input embedding that are trained */
   int n_trainable_tokens;
   uint64_t seed;
+  /* lora; 0 and NULL: PEFT's defaults. Of the inits eva, corda, lora_ga, and loftq */
+  int64_t init_batches; /* micro-batches that the pass over data sees */
+  double eva_rho, eva_tau;
+  bool eva_whiten, eva_adjust_alpha;
+  const char *corda_method;            /* ipm | kpm */
+  const char *ga_direction, *ga_scale; /* ArB2r | A2rBr | ArBr | random; stable | weight_svd | gd_scale | unit */
+  double ga_gamma;
+  int64_t loftq_bits, loftq_iter;
+  const esp_lora_start *start; /* what the pass gave */
+  int n_start;
+  bool lora_fa; /* A stays as it began */
   /* lokr */
   bool decompose_both;
   int64_t decompose_factor; /* 0: divisors near the root */
@@ -215,10 +232,13 @@ typedef struct esp_adapter_kind {
   /* Optional: a pass over data on the frozen base before training, for what a kind takes from gradients or activations.
    * wants_data: micro-batches, 0: none; whether gradients are wanted. see: for each group its input and the gradient
    * of its output (of the batch's summed log-probability; dy.data NULL where only activations are wanted). seen: after
-   * the last batch. Under the counting backend too. */
+   * the last batch. Under the counting backend too. wants_data may answer less once enough was seen. restart
+   * (optional): the configuration to make the adapter from anew, on the base read again, with what the pass gave:
+   * memory of the arena. */
   int64_t (*wants_data)(const esp_adapter *a, bool *gradients);
   void (*see)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy);
   esp_status (*seen)(esp_adapter *a);
+  esp_status (*restart)(esp_adapter *a, esp_arena *arena, esp_adapter_cfg *out);
 
   /* Optional: whole numbers that the file holds beside the parameters (a mask). False: there are no more than i. On
    * loading they are written to `values` before `loaded`. savable: an error when there is nothing to save yet. */

@@ -50,6 +50,19 @@ static esp_status copy_kept(esp_arena *arena, const esp_kept *in, int n, const e
   return ESP_OK;
 }
 
+static esp_status copy_start(esp_arena *arena, const esp_lora_start *in, int n, const esp_lora_start **out) {
+  esp_lora_start *list = esp_arena_alloc(arena, (size_t)(n ? n : 1) * sizeof *list);
+  if (!list) return ESP_ERR_MEMORY;
+  for (int i = 0; i < n; i++) {
+    list[i] = in[i];
+    if (!(list[i].path = esp_arena_strdup(arena, in[i].path))) return ESP_ERR_MEMORY;
+    ESP_TRY(copy_bytes(arena, in[i].A, (size_t)(in[i].r * in[i].in) * sizeof *in[i].A, &list[i].A));
+    ESP_TRY(copy_bytes(arena, in[i].B, (size_t)(in[i].out * in[i].r) * sizeof *in[i].B, &list[i].B));
+  }
+  *out = list;
+  return ESP_OK;
+}
+
 static esp_status copy_skeleton(esp_arena *arena, const esp_skeleton *in, int n, const esp_skeleton **out) {
   esp_skeleton *list = esp_arena_alloc(arena, (size_t)(n ? n : 1) * sizeof *list);
   if (!list) return ESP_ERR_MEMORY;
@@ -80,6 +93,9 @@ esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter
   COPY_STR(type);
   COPY_STR(init);
   COPY_STR(bias);
+  COPY_STR(corda_method);
+  COPY_STR(ga_direction);
+  COPY_STR(ga_scale);
   COPY_STR(sparse_mask);
   COPY_STR(mora_type);
   COPY_STR(pmss_select);
@@ -97,6 +113,7 @@ esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter
   ESP_TRY(copy_list(arena, in->modules_to_save, in->n_modules_to_save, &out->modules_to_save));
   ESP_TRY(copy_patterns(arena, in->rank_pattern, in->n_rank_pattern, &out->rank_pattern));
   ESP_TRY(copy_patterns(arena, in->alpha_pattern, in->n_alpha_pattern, &out->alpha_pattern));
+  ESP_TRY(copy_start(arena, in->start, in->n_start, &out->start));
   ESP_TRY(copy_skeleton(arena, in->skeleton, in->n_skeleton, &out->skeleton));
   ESP_TRY(copy_mean_gates(arena, in->mean_gates, in->n_mean_gates, &out->mean_gates));
   ESP_TRY(copy_kept(arena, in->kept, in->n_kept, &out->kept));
@@ -121,7 +138,8 @@ static esp_status check_cfg(const esp_adapter_kind *kind, esp_adapter_cfg *cfg) 
   if (!isfinite(cfg->alpha)) return esp_fail(ESP_ERR_RECIPE, "adapter.alpha: must be finite");
   if (!esp_lora_init_known(cfg->init))
     return esp_fail(ESP_ERR_RECIPE,
-                    "adapter.init: '%s' is not one of default, gaussian, orthogonal, pissa, pissa_niter_<k>, olora",
+                    "adapter.init: '%s' is not one of default, gaussian, orthogonal, pissa, pissa_niter_<k>, olora, "
+                    "eva, corda, lora_ga, loftq",
                     cfg->init);
   for (int i = 0; i < cfg->n_rank_pattern; i++)
     if (cfg->rank_pattern[i].value < 1 || cfg->rank_pattern[i].value != floor(cfg->rank_pattern[i].value))
@@ -203,7 +221,8 @@ esp_status esp_adapter_build(esp_model *m, const esp_adapter_cfg *cfg, const cha
   for (int i = 0; i < kind->n_states && trainable; i++)
     ESP_GOTO(esp_params_follow(a->params, &a->state[i], ESP_MEM_OPTIM));
   mark_params(a);
-  if (kind->init && !esp_backend_counts(a->params->be))
+  bool counts = esp_backend_counts(a->params->be); /* what a rewritten base takes is counted */
+  if (kind->init && (!counts || esp_lora_rewrites_base(a->cfg.init)))
     for (size_t i = 0; i < n; i++)
       if (a->targeted[i] && (!loading || kind->reads_base || esp_lora_rewrites_base(a->cfg.init)))
         ESP_GOTO(kind->init(a, sites[i]));

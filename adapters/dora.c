@@ -394,6 +394,8 @@ static esp_status dora_config_read(const json_t *j, const char *path, esp_arena 
 
 static esp_status dora_check(const esp_adapter_cfg *c) {
   if (c->lora_bias) return esp_fail(ESP_ERR_RECIPE, "adapter.lora_bias: dora does not have it");
+  if (esp_lora_init_from_data(c->init))
+    return esp_fail(ESP_ERR_RECIPE, "adapter.init: '%s' is for lora, not for dora", c->init);
   if (esp_lora_rewrites_base(c->init))
     return esp_fail(ESP_ERR_RECIPE, "adapter.init: '%s' rewrites the base, whose lengths dora keeps; use default",
                     c->init);

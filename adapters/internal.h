@@ -91,11 +91,31 @@ typedef struct esp_lora_site {
   float s; /* alpha/r or alpha/sqrt(r) */
   int a, b, bias;
   int64_t t0;     /* first column in the group's T */
-  float *A0, *B0; /* the values at the start, kept where the base was rewritten: host, else NULL */
+  float *A0, *B0; /* what the base was rewritten with: W - s B0 A0; host, NULL: as it was */
+  bool quantised; /* of that, the quantised form (loftq) */
+  float *inverse; /* LoRA-FA: (A A^T)^-1 / s^2, backend memory [r, r] */
 } esp_lora_site;
+/* lora_init.c. init_from_data: a pass over data gives A and B. gives_way: the base is W - s B0 A0, so that the adapter
+ * of the file is [A; A0], [B, -B0]. keep: A0 and B0 from these. */
 esp_status esp_lora_init(esp_adapter *a, esp_site *s);
 bool esp_lora_rewrites_base(const char *init);
+bool esp_lora_init_from_data(const char *init);
 bool esp_lora_init_known(const char *init);
+bool esp_lora_gives_way(const esp_adapter *a);
+esp_status esp_lora_keep(esp_lora_site *ls, const esp_site *s, const float *A, const float *B);
+/* lora_loftq.c */
+esp_status esp_loftq_init(esp_adapter *a, esp_site *s, esp_lora_site *ls, float *A, float *B);
+esp_status esp_loftq_add(esp_adapter *a, esp_site *s, const esp_lora_site *ls, int64_t r0, int64_t n, float *w);
+/* lora_data.c */
+esp_status esp_lora_data_check(const esp_adapter *a, const esp_site *s, int64_t r);
+int64_t esp_lora_rank_most(const esp_adapter *a, const esp_site *s, int64_t r);
+int64_t esp_lora_wants_data(const esp_adapter *a, bool *gradients);
+void esp_lora_see(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy);
+esp_status esp_lora_restart(esp_adapter *a, esp_arena *arena, esp_adapter_cfg *out);
+esp_status esp_lora_savable(const esp_adapter *a);
+void esp_lora_data_free(esp_adapter *a);
+/* lora_fa.c */
+double esp_lora_fa_before_step(esp_adapter *a, int64_t step, int64_t total);
 /* Materialised change of a linear site: w[n, in] += scale * B[r0 .. r0+n, :] A. */
 void esp_lowrank_add(float *w, int64_t n, int64_t in, const float *A, const float *B, int64_t r, float scale);
 
@@ -115,6 +135,7 @@ enum { ESP_CFG_ALWAYS = 32 };
 esp_status esp_config_refuse(const esp_adapter_cfg *c, const char *kind, unsigned keys);
 void esp_config_exact_targets(const esp_adapter *a, struct json_t *j, unsigned keys);
 /* lora_config.c */
+esp_status esp_lora_config_check(const esp_adapter_cfg *c);
 void esp_lora_config_write(const esp_adapter *a, struct json_t *j);
 esp_status esp_lora_config_read(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);
 

@@ -18,6 +18,7 @@ typedef struct lora_group {
   esp_site *sites[3];
   int first_a;
   int64_t width; /* sum of ranks */
+  int64_t slack; /* under the counting backend: what it may still grow by before training (eva) */
   bool uniform;  /* one s for all */
   esp_tensor t, dt;
   bool late_fwd, late_bwd; /* the base product had no room for the tails: added after it */
@@ -56,13 +57,16 @@ static esp_status lora_declare(esp_adapter *a, esp_group *g, const bool *hit) {
     esp_site *s = g->sites[i];
     esp_lora_site *ls = new_site(a, s);
     if (!ls) return ESP_ERR_MEMORY;
+    ESP_TRY(esp_lora_data_check(a, s, ls->r));
     if (a->cfg.lora_bias && !s->bias_tensor)
       return esp_fail(ESP_ERR_RECIPE, "adapter.lora_bias: %s has no bias to merge into", s->path);
     ls->a = add_param(a, s, "lora_A.weight", 2, ls->r, s->in, lg->n == 0);
     if (ls->a < 0) return ESP_ERR_MEMORY;
     if (lg->n == 0) lg->first_a = ls->a;
+    a->params->list[ls->a].frozen = a->cfg.lora_fa;
     ls->t0 = lg->width;
     lg->width += ls->r;
+    if (esp_backend_counts(a->params->be)) lg->slack += esp_lora_rank_most(a, s, ls->r) - ls->r;
     lg->sites[lg->n++] = s;
   }
   lg->uniform = true;
@@ -87,6 +91,9 @@ static esp_status lora_declare_embed(esp_adapter *a, esp_site *s) {
   if (esp_lora_rewrites_base(a->cfg.init) || strcmp(a->cfg.init, "orthogonal") == 0)
     return esp_fail(ESP_ERR_RECIPE, "adapter.init: '%s' is for linear modules, %s is an embedding", a->cfg.init,
                     s->path);
+  if (a->cfg.lora_fa)
+    return esp_fail(ESP_ERR_RECIPE,
+                    "adapter.lora_fa: is for linear modules, %s is an embedding, whose A starts at zero", s->path);
   esp_lora_site *ls = new_site(a, s);
   if (!ls) return ESP_ERR_MEMORY;
   ls->s *= esp_model_describe(a->model)->embed_scale;
@@ -102,6 +109,7 @@ static int lora_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, 
   if (!lg) return 0;
   const esp_backend_ops *ops = run->be->ops;
   lg->t = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), lg->width);
+  if (lg->slack) esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), lg->slack);
   int64_t mark = esp_stack_mark(run->stack);
   esp_tensor xd = esp_dropped(a, run, g, x);
   esp_tensor stacked = esp_params_stacked(a->params, lg->first_a, lg->n, 0);
@@ -166,6 +174,7 @@ static int lora_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor
   const esp_backend_ops *ops = run->be->ops;
   int64_t rows = esp_tensor_rows(&x);
   lg->dt = esp_stack_tensor(run->stack, run->compute, rows, lg->width);
+  if (lg->slack) esp_stack_tensor(run->stack, run->compute, rows, lg->slack);
   for (int i = 0; i < lg->n; i++) {
     const esp_lora_site *ls = a->site_state[lg->sites[i]->index];
     esp_tensor dyi = esp_tensor_cols_view(&dy, lg->sites[i]->col0, lg->sites[i]->out);
@@ -178,7 +187,7 @@ static int lora_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor
       ops->matmul(run->be, esp_param_grad(a->params, ls->bias), ones_column(run, lg, rows), true, dyi, false,
                   site_scale(a, ls), 1.0f);
   }
-  if (a->trainable) {
+  if (a->trainable && !a->cfg.lora_fa) {
     int64_t mark = esp_stack_mark(run->stack);
     esp_tensor xd = esp_dropped(a, run, g, x);
     ops->matmul(run->be, esp_params_stacked(a->params, lg->first_a, lg->n, 2), lg->dt, true, xd, false, 1.0f, 1.0f);
@@ -281,7 +290,10 @@ static esp_status lora_materialise(esp_adapter *a, esp_site *s, int64_t r0, int6
       if (bt) esp_lowrank_add(w, n, s->out, bt, A + r0 * ls->r, ls->r, scale);
       esp_mem_free(bt);
     } else {
-      if (ls->A0) esp_lowrank_add(w, n, s->in, ls->A0, ls->B0 + r0 * ls->r, ls->r, -ls->s);
+      if (ls->quantised)
+        st = esp_loftq_add(a, s, ls, r0, n, w);
+      else if (ls->A0)
+        esp_lowrank_add(w, n, s->in, ls->A0, ls->B0 + r0 * ls->r, ls->r, -ls->s);
       esp_lowrank_add(w, n, s->in, A, B + r0 * ls->r, ls->r, site_scale(a, ls));
     }
   }
@@ -304,8 +316,8 @@ static esp_status lora_materialise_bias(esp_adapter *a, esp_site *s, float *bias
 /* Embeddings in the file's orientation: A [r, vocab], B [dim, r]. */
 static int64_t lora_low_rank(esp_adapter *a, esp_site *s, float *A, float *B) {
   const esp_lora_site *ls = a->site_state[s->index];
-  int64_t r = ls->r, total = ls->A0 ? 2 * r : r;
-  if (!A && !B) return total;
+  int64_t r = ls->r, total = ls->quantised ? 0 : ls->A0 ? 2 * r : r; /* 0: the base itself is another */
+  if ((!A && !B) || total == 0) return total;
   float *ha = esp_param_host(a, ls->a), *hb = esp_param_host(a, ls->b);
   float scale = site_scale(a, ls);
   if (s->kind == ESP_SITE_EMBED) scale /= esp_model_describe(a->model)->embed_scale;
@@ -334,9 +346,12 @@ static void lora_destroy(esp_adapter *a) {
   int n_sites = esp_model_sites(a->model, &sites), n_groups = esp_model_groups(a->model, &groups);
   for (int i = 0; i < n_sites; i++) {
     esp_lora_site *ls = a->site_state[i];
-    if (ls) esp_mem_free(ls->A0);
-    if (ls) esp_mem_free(ls->B0);
+    if (!ls) continue;
+    esp_mem_free(ls->A0);
+    esp_mem_free(ls->B0);
+    if (ls->inverse) a->params->be->ops->free(a->params->be, ls->inverse);
   }
+  esp_lora_data_free(a);
   for (int i = 0; i < n_groups; i++) {
     lora_group *lg = a->group_state[i];
     if (lg && lg->ones) a->params->be->ops->free(a->params->be, lg->ones);
@@ -362,6 +377,12 @@ const esp_adapter_kind esp_kind_lora = {
     .embed = lora_embed,
     .embed_bwd = lora_embed_bwd,
     .wants_output = lora_wants_output,
+    .before_step = esp_lora_fa_before_step,
+    .wants_data = esp_lora_wants_data,
+    .see = esp_lora_see,
+    .restart = esp_lora_restart,
+    .savable = esp_lora_savable,
+    .config_check = esp_lora_config_check,
     .destroy = lora_destroy,
     .materialise = lora_materialise,
     .materialise_bias = lora_materialise_bias,

@@ -114,7 +114,7 @@ static rewritten find_rewritten(const esp_adapter *a, int index) {
   int n = esp_model_sites(a->model, &sites);
   for (int i = 0; i < n && a->kind == &esp_kind_lora; i++) {
     const esp_lora_site *ls = a->targeted[i] ? a->site_state[i] : NULL;
-    if (ls && ls->A0 && (ls->a == index || ls->b == index)) return (rewritten){ls, ls->a == index};
+    if (ls && ls->A0 && !ls->quantised && (ls->a == index || ls->b == index)) return (rewritten){ls, ls->a == index};
   }
   return out;
 }

@@ -25,6 +25,9 @@ extern void sgesdd_(const char *jobz, const int *m, const int *n, float *a, cons
 extern void sgesvd_(const char *jobu, const char *jobvt, const int *m, const int *n, float *a, const int *lda, float *s,
                     float *u, const int *ldu, float *vt, const int *ldvt, float *work, const int *lwork, int *info,
                     size_t jobu_len, size_t jobvt_len);
+extern void sgetrf_(const int *m, const int *n, float *a, const int *lda, int *pivots, int *info);
+extern void sgetri_(const int *n, float *a, const int *lda, const int *pivots, float *work, const int *lwork,
+                    int *info);
 extern void openblas_set_num_threads(int n);
 
 static void one_blas_thread(void) {
@@ -102,7 +105,7 @@ out:
 
 esp_status esp_linalg_svd(int64_t m, int64_t n, float *a, float *u, float *s, float *vt) {
   init();
-  ESP_TRY(check("SVD", m, n, a));
+  if (a) ESP_TRY(check("SVD", m, n, a));
   /* A^T = V S U^T: LAPACK's "u" is our vt read row-major, its "vt" our u. */
   esp_status st = ESP_OK;
   int64_t least = m < n ? m : n;
@@ -119,6 +122,7 @@ esp_status esp_linalg_svd(int64_t m, int64_t n, float *a, float *u, float *s, fl
     st = ESP_ERR_MEMORY;
     goto out;
   }
+  if (!a) goto out;
   memcpy(copy, a, (size_t)(m * n) * sizeof *copy);
   sgesdd_("S", &rows, &cols, a, &rows, s, vt, &rows, u, &k, work, &lwork, iwork, &info, 1);
   if (info > 0) /* divide and conquer did not converge (rare): the QR iteration is slower and surer */
@@ -139,8 +143,9 @@ static esp_status svd_exact_truncated(int64_t m, int64_t n, const float *a, int6
   float *buf = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)(m * n + m * k + k + k * n) * sizeof *buf);
   if (!buf) return ESP_ERR_MEMORY;
   float *copy = buf, *uk = copy + m * n, *sk = uk + m * k, *vk = sk + k;
-  memcpy(copy, a, (size_t)(m * n) * sizeof *a);
-  ESP_GOTO(esp_linalg_svd(m, n, copy, uk, sk, vk));
+  if (a) memcpy(copy, a, (size_t)(m * n) * sizeof *a);
+  ESP_GOTO(esp_linalg_svd(m, n, a ? copy : NULL, uk, sk, vk));
+  if (!a) goto out;
   for (int64_t i = 0; i < m; i++) memcpy(u + i * rank, uk + i * k, (size_t)rank * sizeof *u);
   memcpy(s, sk, (size_t)rank * sizeof *s);
   memcpy(vt, vk, (size_t)(rank * n) * sizeof *vt);
@@ -152,7 +157,7 @@ out:
 esp_status esp_linalg_svd_truncated(int64_t m, int64_t n, const float *a, int64_t rank, int64_t oversample,
                                     int power_iters, uint64_t seed, float *u, float *s, float *vt) {
   init();
-  ESP_TRY(check("SVD", m, n, a));
+  if (a) ESP_TRY(check("SVD", m, n, a));
   int64_t k = m < n ? m : n;
   if (rank < 1 || rank > k)
     return esp_fail(ESP_ERR_INTERNAL, "rank %lld of a [%lld, %lld] matrix", (long long)rank, (long long)m,
@@ -162,7 +167,10 @@ esp_status esp_linalg_svd_truncated(int64_t m, int64_t n, const float *a, int64_
   esp_status st = ESP_OK;
   /* q [m,l], z [n,l], b [l,n], ub [l,l], sb [l], vb [l,n] */
   float *buf = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)(m * l + 3 * n * l + l * l + l) * sizeof *buf);
-  if (!buf) return ESP_ERR_MEMORY;
+  if (!a || !buf) {
+    esp_mem_free(buf);
+    return buf ? ESP_OK : ESP_ERR_MEMORY;
+  }
   float *q = buf, *z = q + m * l, *b = z + n * l, *vb = b + l * n, *ub = vb + l * n, *sb = ub + l * l;
   uint64_t stream = esp_rng_stream(ESP_RNG_INIT, (uint64_t)m, (uint64_t)n, (uint64_t)l);
   for (int64_t i = 0; i < n * l; i++) z[i] = esp_rng_normal(seed, stream, (uint64_t)i);
@@ -181,5 +189,23 @@ esp_status esp_linalg_svd_truncated(int64_t m, int64_t n, const float *a, int64_
   memcpy(vt, vb, (size_t)(rank * n) * sizeof *vt);
 out:
   esp_mem_free(buf);
+  return st;
+}
+
+esp_status esp_linalg_inverse(int64_t n, float *a) {
+  init();
+  ESP_TRY(check("inverse", n, n, a));
+  int order = (int)n, info = 0; /* the transpose of the inverse is the inverse of the transpose: no copy */
+  int *pivots = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)n * sizeof *pivots);
+  float *work = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)n * sizeof *work);
+  esp_status st = pivots && work ? ESP_OK : ESP_ERR_MEMORY;
+  if (st == ESP_OK) {
+    sgetrf_(&order, &order, a, &order, pivots, &info);
+    if (info == 0) sgetri_(&order, a, &order, pivots, work, &order, &info);
+    if (info != 0)
+      st = esp_fail(ESP_ERR_DIVERGED, "inverse of a [%lld, %lld] matrix: it is singular", (long long)n, (long long)n);
+  }
+  esp_mem_free(pivots);
+  esp_mem_free(work);
   return st;
 }

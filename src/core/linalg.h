@@ -17,7 +17,8 @@ void esp_linalg_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k
  * wanted). Signs as LAPACK's (numpy and torch give the same). */
 esp_status esp_linalg_qr(int64_t m, int64_t n, float *a, float *r);
 
-/* Thin SVD of A [m,n], k = min(m,n): u [m,k], s [k] descending, vt [k,n]. `a` is destroyed. */
+/* Thin SVD of A [m,n], k = min(m,n): u [m,k], s [k] descending, vt [k,n]. `a` is destroyed; NULL (here and below):
+ * nothing is computed, only the memory for it is taken and given back, for the books of a plan. */
 esp_status esp_linalg_svd(int64_t m, int64_t n, float *a, float *u, float *s, float *vt);
 
 /* The first `rank` singular triplets: u [m,rank], s [rank], vt [rank,n]; `a` is kept. Randomised range finder with
@@ -26,5 +27,8 @@ esp_status esp_linalg_svd(int64_t m, int64_t n, float *a, float *u, float *s, fl
  * oversample reaches min(m,n) the exact SVD is taken. */
 esp_status esp_linalg_svd_truncated(int64_t m, int64_t n, const float *a, int64_t rank, int64_t oversample,
                                     int power_iters, uint64_t seed, float *u, float *s, float *vt);
+
+/* Inverse of A [n,n] in place, by LU with pivoting. ESP_ERR_DIVERGED: A is singular. */
+esp_status esp_linalg_inverse(int64_t n, float *a);
 
 #endif

@@ -29,16 +29,18 @@ static esp_status operand(const esp_model *m, const esp_site *s, bool as_fp32, e
   bool transposed = s->transposed && !as_fp32;
   esp_dtype stored = e ? e->dtype : m->d.stored;
   *out = esp_tensor_2d(NULL, as_fp32 ? ESP_F32 : stored, transposed ? s->in : s->out, transposed ? s->out : s->in);
-  if (esp_backend_counts(m->be)) return ESP_OK;
+  bool counts = esp_backend_counts(m->be);
   if (!as_fp32) {
+    if (counts) return ESP_OK;
     ESP_TRY(esp_check_finite(e));
     out->data = (void *)e->data;
     return ESP_OK;
   }
-  if (e) ESP_TRY(esp_check_finite(e));
+  if (e && !counts) ESP_TRY(esp_check_finite(e));
   size_t n = (size_t)(s->out * s->in);
   *temp = esp_mem_alloc(ESP_MEM_HOST, n * sizeof(float));
   if (!*temp) return ESP_ERR_MEMORY;
+  if (counts) return ESP_OK;
   ESP_TRY(esp_read_rows(m, s, 0, s->out, *temp));
   if (ss->delta)
     for (size_t i = 0; i < n; i++) (*temp)[i] += ss->delta[i];
@@ -377,6 +379,6 @@ esp_status esp_site_add_delta(esp_model *m, esp_site *s, const float *delta) {
     ss->delta = esp_mem_alloc(ESP_MEM_HOST, n * sizeof(float));
     if (!ss->delta) return ESP_ERR_MEMORY;
   }
-  for (size_t i = 0; i < n; i++) ss->delta[i] += delta[i];
+  for (size_t i = 0; i < n && !esp_backend_counts(m->be); i++) ss->delta[i] += delta[i];
   return ESP_OK;
 }

@@ -293,6 +293,14 @@ bad "shards wider than the input" 2 "adapter.r: 64 is more than the 48 inputs of
 bad "columns that do not divide" 2 "adapter.mini_r: 7 does not divide the [0-9]+ outputs of model" $no run r.yaml adapter.type=miss adapter.miss_type=mini adapter.mini_r=7
 bad "affine blocks that do not divide" 2 "adapter.r: model.* is .[0-9]+, 48., which blocks of 7 do not divide" $no run r.yaml adapter.type=bat adapter.r=7
 bad "ranks of its own per module" 2 "adapter.rank_pattern: miss is the same for every module" $no run r.yaml adapter.type=miss 'adapter.rank_pattern={q_proj: 2}'
+bad "ranks beyond the directions of a gradient" 2 "adapter.init: lora_ga needs a rank of at most [0-9]+ for model" $no run r.yaml adapter.init=lora_ga adapter.r=40
+bad "components of too few tokens" 3 "adapter.init: eva needs micro-batches of at least [0-9]+ trained tokens for model" $no run r.yaml adapter.init=eva adapter.r=40
+bad "an init from data of an embedding" 2 "adapter.init: 'corda' is for linear modules, .*embed_tokens is an embedding" $no run r.yaml adapter.init=corda 'adapter.target=[embed_tokens]'
+bad "an unknown way to take directions" 2 "adapter.ga_direction: 'BrAr' is not one of" $no run r.yaml adapter.init=lora_ga adapter.ga_direction=BrAr
+bad "bits that no quantiser has" 2 "adapter.loftq_bits: must be 4 or 8, is 5" $no run r.yaml adapter.init=loftq adapter.loftq_bits=5
+bad "ranks dealt out below r" 2 "adapter.eva_rho: 0.5 is out of range" $no run r.yaml adapter.init=eva adapter.eva_rho=0.5
+bad "a fixed A of an embedding" 2 "adapter.lora_fa: is for linear modules, .*embed_tokens is an embedding" $no run r.yaml adapter.lora_fa=true 'adapter.target=[embed_tokens]'
+bad "dora started from data" 2 "adapter.init: 'eva' is for lora, not for dora" $no run r.yaml adapter.type=dora adapter.init=eva
 bad "dora of an embedding" 2 "adapter.target: .*embed_tokens is a.* embedding, which dora cannot attach to" $no run r.yaml adapter.type=dora 'adapter.target=[embed_tokens]'
 bad "dora of a base that is rewritten" 2 "adapter.init: 'pissa' rewrites the base, whose lengths dora keeps" $no run r.yaml adapter.type=dora adapter.init=pissa
 bad "dora with a bias of B" 2 "adapter.lora_bias: dora does not have it" $no run r.yaml adapter.type=dora adapter.lora_bias=true

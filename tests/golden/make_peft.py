@@ -26,56 +26,56 @@ from transformers import AutoModelForCausalLM
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# (folder, base, LoraConfig or what `kind` names, trained here)
+# (folder, base, LoraConfig or what `kind` names)
 CASES = [
-    ("llama", "llama", dict(r=4, lora_alpha=6, target_modules=ALL), True),
-    ("gpt2", "gpt2", dict(r=3, lora_alpha=5, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, bias="all"), True),
+    ("llama", "llama", dict(r=4, lora_alpha=6, target_modules=ALL)),
+    ("gpt2", "gpt2", dict(r=3, lora_alpha=5, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, bias="all")),
     ("patterns", "mistral", dict(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], use_rslora=True,
-                                 rank_pattern={"k_proj": 2, "layers.1.self_attn.q_proj": 6}, alpha_pattern={"v_proj": 3}), True),
-    ("embedding", "qwen3", dict(r=4, lora_alpha=6, target_modules=["embed_tokens", "v_proj"]), True),
-    ("modules_to_save", "qwen3", dict(r=4, lora_alpha=6, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]), True),
-    ("tokens_tied", "llama", dict(r=2, lora_alpha=2, target_modules=["v_proj"], trainable_token_indices=[30, 3, 12]), True),
-    ("tokens_untied", "mistral", dict(r=2, lora_alpha=2, target_modules=["v_proj"], trainable_token_indices=[30, 3, 12]), True),
-    ("lora_bias", "llama_bias", dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], lora_bias=True), True),
-    ("bias_lora_only", "qwen2", dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], bias="lora_only"), True),
-    ("layers", "llama", dict(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers"), True),
-    ("pissa", "llama", dict(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"), False),
-    ("olora", "mistral", dict(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"], init_lora_weights="olora"), False),
-    ("dora", "llama", dict(r=4, lora_alpha=6, target_modules=ALL, use_dora=True), True),
+                                 rank_pattern={"k_proj": 2, "layers.1.self_attn.q_proj": 6}, alpha_pattern={"v_proj": 3})),
+    ("embedding", "qwen3", dict(r=4, lora_alpha=6, target_modules=["embed_tokens", "v_proj"])),
+    ("modules_to_save", "qwen3", dict(r=4, lora_alpha=6, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"])),
+    ("tokens_tied", "llama", dict(r=2, lora_alpha=2, target_modules=["v_proj"], trainable_token_indices=[30, 3, 12])),
+    ("tokens_untied", "mistral", dict(r=2, lora_alpha=2, target_modules=["v_proj"], trainable_token_indices=[30, 3, 12])),
+    ("lora_bias", "llama_bias", dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], lora_bias=True)),
+    ("bias_lora_only", "qwen2", dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], bias="lora_only")),
+    ("layers", "llama", dict(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers")),
+    ("pissa", "llama", dict(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa")),
+    ("olora", "mistral", dict(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"], init_lora_weights="olora")),
+    ("dora", "llama", dict(r=4, lora_alpha=6, target_modules=ALL, use_dora=True)),
     ("dora_biases", "gpt2", dict(r=3, lora_alpha=5, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, use_dora=True,
-                                 use_rslora=True, bias="lora_only"), True),
-    ("vera", "llama", dict(kind="VeraConfig", r=6, target_modules=ALL, d_initial=0.3, projection_prng_key=3), True),
+                                 use_rslora=True, bias="lora_only")),
+    ("vera", "llama", dict(kind="VeraConfig", r=6, target_modules=ALL, d_initial=0.3, projection_prng_key=3)),
     ("vera_seeded", "gpt2", dict(kind="VeraConfig", r=16, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, save_projection=False,
-                                 projection_prng_key=11), True),
-    ("ia3", "llama", dict(kind="IA3Config", target_modules=ALL, feedforward_modules=["down_proj"]), True),
+                                 projection_prng_key=11)),
+    ("ia3", "llama", dict(kind="IA3Config", target_modules=ALL, feedforward_modules=["down_proj"])),
     ("ia3_biases", "gpt2", dict(kind="IA3Config", target_modules=["c_attn", "c_fc", "mlp.c_proj"], feedforward_modules=["mlp.c_proj", "c_attn"],
-                                fan_in_fan_out=True), True),
-    ("ln_tuning", "qwen3", dict(kind="LNTuningConfig", target_modules=["input_layernorm", "post_attention_layernorm", "norm", "q_norm"]), True),
-    ("ln_tuning_biases", "gpt2", dict(kind="LNTuningConfig", target_modules=["ln_1", "ln_2", "ln_f"]), True),
-    ("loha", "llama", dict(kind="LoHaConfig", r=3, alpha=24, target_modules=ALL, rank_pattern={"k_proj": 2}, alpha_pattern={"up_proj": 9}), True),
-    ("lokr", "qwen3", dict(kind="LoKrConfig", r=2, alpha=8, target_modules=ALL, rank_pattern={"v_proj": 4}), True),
+                                fan_in_fan_out=True)),
+    ("ln_tuning", "qwen3", dict(kind="LNTuningConfig", target_modules=["input_layernorm", "post_attention_layernorm", "norm", "q_norm"])),
+    ("ln_tuning_biases", "gpt2", dict(kind="LNTuningConfig", target_modules=["ln_1", "ln_2", "ln_f"])),
+    ("loha", "llama", dict(kind="LoHaConfig", r=3, alpha=24, target_modules=ALL, rank_pattern={"k_proj": 2}, alpha_pattern={"up_proj": 9})),
+    ("lokr", "qwen3", dict(kind="LoKrConfig", r=2, alpha=8, target_modules=ALL, rank_pattern={"v_proj": 4})),
     ("lokr_both", "mistral", dict(kind="LoKrConfig", r=1, alpha=4, target_modules=["q_proj", "gate_proj", "down_proj"],
-                                  decompose_both=True, decompose_factor=12), True),
-    ("miss", "llama", dict(kind="MissConfig", r=5, target_modules=ALL), True),
-    ("miss_mini", "qwen3", dict(kind="MissConfig", r=3, mini_r=4, init_weights="mini", target_modules=ALL), True),
-    ("miss_bat", "mistral", dict(kind="MissConfig", r=4, init_weights="bat", target_modules=ALL), True),
-    ("hra", "llama", dict(kind="HRAConfig", r=4, target_modules=ALL), True),
-    ("hra_gs", "qwen3", dict(kind="HRAConfig", r=2, apply_GS=True, init_weights=False, target_modules=["q_proj", "up_proj", "down_proj"]), True),
-    ("oft", "llama", dict(kind="OFTConfig", oft_block_size=12, target_modules=ALL), True),
-    ("oft_exact", "qwen3", dict(kind="OFTConfig", oft_block_size=4, use_cayley_neumann=False, target_modules=ALL), True),
-    ("oft_shared", "mistral", dict(kind="OFTConfig", oft_block_size=8, num_cayley_neumann_terms=3, block_share=True, target_modules=["q_proj", "v_proj", "up_proj"]), True),
-    ("oft_blocks", "mistral", dict(kind="OFTConfig", r=4, oft_block_size=0, target_modules=["q_proj", "down_proj"]), True),
-    ("coft", "llama", dict(kind="OFTConfig", oft_block_size=12, coft=True, eps=1.0, num_cayley_neumann_terms=7, target_modules=["q_proj", "gate_proj", "down_proj"]), True),
+                                  decompose_both=True, decompose_factor=12)),
+    ("miss", "llama", dict(kind="MissConfig", r=5, target_modules=ALL)),
+    ("miss_mini", "qwen3", dict(kind="MissConfig", r=3, mini_r=4, init_weights="mini", target_modules=ALL)),
+    ("miss_bat", "mistral", dict(kind="MissConfig", r=4, init_weights="bat", target_modules=ALL)),
+    ("hra", "llama", dict(kind="HRAConfig", r=4, target_modules=ALL)),
+    ("hra_gs", "qwen3", dict(kind="HRAConfig", r=2, apply_GS=True, init_weights=False, target_modules=["q_proj", "up_proj", "down_proj"])),
+    ("oft", "llama", dict(kind="OFTConfig", oft_block_size=12, target_modules=ALL)),
+    ("oft_exact", "qwen3", dict(kind="OFTConfig", oft_block_size=4, use_cayley_neumann=False, target_modules=ALL)),
+    ("oft_shared", "mistral", dict(kind="OFTConfig", oft_block_size=8, num_cayley_neumann_terms=3, block_share=True, target_modules=["q_proj", "v_proj", "up_proj"])),
+    ("oft_blocks", "mistral", dict(kind="OFTConfig", r=4, oft_block_size=0, target_modules=["q_proj", "down_proj"])),
+    ("coft", "llama", dict(kind="OFTConfig", oft_block_size=12, coft=True, eps=1.0, num_cayley_neumann_terms=7, target_modules=["q_proj", "gate_proj", "down_proj"])),
     ("adalora", "llama", dict(kind="AdaLoraConfig", init_r=4, target_r=2, lora_alpha=30, target_modules=ALL, total_step=20, tinit=3,
-                              tfinal=0, deltaT=2), True),
+                              tfinal=0, deltaT=2)),
     ("adalora_final", "qwen3", dict(kind="AdaLoraConfig", init_r=4, target_r=1, lora_alpha=30, target_modules=ALL, total_step=20,
-                                    tinit=3, tfinal=5, deltaT=3, orth_reg_weight=0.0), True),
-    ("prompt", "qwen3", dict(kind="PromptTuningConfig", num_virtual_tokens=5), True),
-    ("prompt_positions", "gpt2", dict(kind="PromptTuningConfig", num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"), True),
-    ("prefix", "llama", dict(kind="PrefixTuningConfig", num_virtual_tokens=4), True),
-    ("prefix_norms", "qwen3", dict(kind="PrefixTuningConfig", num_virtual_tokens=5), True),
-    ("prefix_positions", "gpt2", dict(kind="PrefixTuningConfig", num_virtual_tokens=3), True),
-    ("prefix_window", "mistral", dict(kind="PrefixTuningConfig", num_virtual_tokens=4, init_weights="zero"), True),
+                                    tinit=3, tfinal=5, deltaT=3, orth_reg_weight=0.0)),
+    ("prompt", "qwen3", dict(kind="PromptTuningConfig", num_virtual_tokens=5)),
+    ("prompt_positions", "gpt2", dict(kind="PromptTuningConfig", num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB")),
+    ("prefix", "llama", dict(kind="PrefixTuningConfig", num_virtual_tokens=4)),
+    ("prefix_norms", "qwen3", dict(kind="PrefixTuningConfig", num_virtual_tokens=5)),
+    ("prefix_positions", "gpt2", dict(kind="PrefixTuningConfig", num_virtual_tokens=3)),
+    ("prefix_window", "mistral", dict(kind="PrefixTuningConfig", num_virtual_tokens=4, init_weights="zero")),
 ]
 LENGTHS = [11, 17]
 
@@ -126,13 +126,14 @@ def file_state(model, values):
     return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
 
 
-def make(folder, base, config, train, seed):
+def make(folder, base, config, seed):
     torch.manual_seed(seed)
     out = os.path.join(HERE, "peft", folder)
     shutil.rmtree(out, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(os.path.join(HERE, "models", base), dtype=torch.float32,
                                                  attn_implementation="eager")
     kind = config.get("kind", "LoraConfig")
+    rewrites = "init_lora_weights" in config  # the base gives way to the start, which is kept near
     first = {"init_lora_weights": False} if kind == "LoraConfig" else {}
     config = getattr(peft, kind)(task_type="CAUSAL_LM", **{**first, **{k: v for k, v in config.items() if k != "kind"}})
     model = get_peft_model(model, config).train()  # no dropout in any base
@@ -141,13 +142,13 @@ def make(folder, base, config, train, seed):
             m.p = 0.0
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.requires_grad and train:
+            if p.requires_grad and not rewrites:
                 p.add_(torch.randn_like(p) * 0.1)
             elif p.requires_grad:
                 p.mul_(1.0 + 0.2 * torch.randn_like(p))
     config.base_model_name_or_path = base
     if kind == "LoraConfig":
-        config.init_lora_weights = True if train else config.init_lora_weights
+        config.init_lora_weights = config.init_lora_weights if rewrites else True
     model.save_pretrained(os.path.join(out, "start"))
     os.remove(os.path.join(out, "start", "README.md"))
     data, cu = batches(45, seed)
@@ -158,30 +159,29 @@ def make(folder, base, config, train, seed):
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     expect.update({"grad." + k: v for k, v in file_state(model, grads).items()})
-    if train:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=0.1),
-                  dict(params=[p for p in trained if p.ndim == 1], weight_decay=0.0)]
-        opt, losses = torch.optim.AdamW(groups, lr=5e-3, eps=1e-4), []
-        adalora, trace, kept = kind == "AdaLoraConfig", [], 0
-        for step in range(20):
-            opt.zero_grad()
-            _, loss = forward(model, data[step % 4], cu)
-            (loss + penalty(model) if adalora else loss).backward()
-            losses.append(loss.item())
-            opt.step()
-            if adalora:  # of step, budget and kept ranks
-                ranks = model.base_model.rankallocator
-                kept = kept or ranks.init_bgt
-                model.base_model.update_and_allocate(step + 1)
-                if model.peft_config["default"].rank_pattern:
-                    kept = sum(sum(v) for v in model.peft_config["default"].rank_pattern.values())
-                trace.append([step + 1, ranks.budget_schedule(step + 1)[0], kept])
-        expect["losses"] = torch.tensor(losses)
-        if trace:
-            expect["trace"] = torch.tensor(trace, dtype=torch.int32)
-        end = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        expect.update({"end." + k: v for k, v in file_state(model, end).items()})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=0.1),
+              dict(params=[p for p in trained if p.ndim == 1], weight_decay=0.0)]
+    opt, losses = torch.optim.AdamW(groups, lr=5e-3, eps=1e-4), []
+    adalora, trace, kept = kind == "AdaLoraConfig", [], 0
+    for step in range(20):
+        opt.zero_grad()
+        _, loss = forward(model, data[step % 4], cu)
+        (loss + penalty(model) if adalora else loss).backward()
+        losses.append(loss.item())
+        opt.step()
+        if adalora:  # of step, budget and kept ranks
+            ranks = model.base_model.rankallocator
+            kept = kept or ranks.init_bgt
+            model.base_model.update_and_allocate(step + 1)
+            if model.peft_config["default"].rank_pattern:
+                kept = sum(sum(v) for v in model.peft_config["default"].rank_pattern.values())
+            trace.append([step + 1, ranks.budget_schedule(step + 1)[0], kept])
+    expect["losses"] = torch.tensor(losses)
+    if trace:
+        expect["trace"] = torch.tensor(trace, dtype=torch.int32)
+    end = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    expect.update({"end." + k: v for k, v in file_state(model, end).items()})
     save_file({k: v.clone().contiguous() for k, v in expect.items()}, os.path.join(out, "expect.safetensors"))
     for root, _, names in os.walk(out):
         for name in names:
