@@ -5,14 +5,10 @@
 #define ESP_ADAPTERS_ADAPTER_H
 
 #include "core/arena.h"
+#include "core/regex.h"
 #include "model/model.h"
 
 struct json_t; /* jansson */
-
-typedef struct esp_pattern { /* rank_pattern, alpha_pattern: PEFT's matching, re.match(r"(.*\.)?(key)$", path) */
-  const char *key;
-  double value;
-} esp_pattern;
 
 typedef struct esp_kept { /* the ranks of a module that were kept, of those it started with */
   const char *path;
@@ -57,7 +53,7 @@ typedef struct esp_adapter_cfg {
   const int *layers; /* layers_to_transform */
   int n_layers;
   const char *layers_pattern;
-  const esp_pattern *rank_pattern, *alpha_pattern;
+  const esp_pattern *rank_pattern, *alpha_pattern; /* PEFT's matching, re.match(r"(.*\.)?(key)$", path) */
   int n_rank_pattern, n_alpha_pattern;
   const char *const *modules_to_save;
   int n_modules_to_save;

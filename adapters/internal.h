@@ -33,12 +33,7 @@ esp_status esp_plain_config_check(const esp_adapter_cfg *c);
 void esp_miss_config_write(const esp_adapter *a, struct json_t *j);
 esp_status esp_miss_config_read(const struct json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c);
 
-/* target.c: regular expressions with Python's meaning. A pattern that does not compile never matches: it is refused
- * earlier by esp_regex_check. */
-esp_status esp_regex_check(const char *key, const char *pattern);
-bool esp_regex_full(const char *pattern, const char *text);
-/* re.match; group (optional) receives the text of the capture group named idx. */
-bool esp_regex_match(const char *pattern, const char *text, char *group, size_t group_size);
+/* target.c */
 bool esp_target_is_all_linear(const esp_adapter_cfg *cfg);
 bool esp_in_modules_to_save(const esp_adapter_cfg *cfg, const char *path);
 bool esp_saved_in_full(const esp_adapter_cfg *cfg, const char *path);

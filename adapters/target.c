@@ -1,7 +1,5 @@
 /* target.c: which modules an adapter attaches to: PEFT's rules (tuners_utils.check_target_module_exists,
- * get_pattern_key), with PCRE2 in the place of Python's re. */
-#define PCRE2_CODE_UNIT_WIDTH 8
-#include <pcre2.h>
+ * get_pattern_key). */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,49 +8,6 @@
 #include "adapters/internal.h"
 #include "core/map.h"
 #include "core/strbuf.h"
-
-static pcre2_code *compile(const char *pattern, bool full, int *error, PCRE2_SIZE *where) {
-  uint32_t options = PCRE2_UTF | PCRE2_UCP | PCRE2_ANCHORED | (full ? PCRE2_ENDANCHORED : 0);
-  return pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, options, error, where, NULL);
-}
-
-esp_status esp_regex_check(const char *key, const char *pattern) {
-  int error = 0;
-  PCRE2_SIZE where = 0;
-  pcre2_code *code = compile(pattern, true, &error, &where);
-  if (code) {
-    pcre2_code_free(code);
-    return ESP_OK;
-  }
-  char text[160] = "";
-  pcre2_get_error_message(error, (PCRE2_UCHAR *)text, sizeof text);
-  return esp_fail(ESP_ERR_RECIPE, "%s: regular expression '%s': %s at character %d", key, pattern, text,
-                  (int)where + 1);
-}
-
-static bool run_regex(const char *pattern, const char *text, bool full, char *group, size_t group_size) {
-  int error = 0;
-  PCRE2_SIZE where = 0;
-  pcre2_code *code = compile(pattern, full, &error, &where);
-  if (!code) return false;
-  pcre2_match_data *match = pcre2_match_data_create_from_pattern(code, NULL);
-  int rc = match ? pcre2_match(code, (PCRE2_SPTR)text, strlen(text), 0, 0, match, NULL) : -1;
-  if (rc >= 2 && group) {
-    PCRE2_SIZE n = group_size;
-    if (pcre2_substring_copy_byname(match, (PCRE2_SPTR) "idx", (PCRE2_UCHAR *)group, &n) != 0) group[0] = 0;
-  }
-  pcre2_match_data_free(match);
-  pcre2_code_free(code);
-  return rc >= 0;
-}
-
-bool esp_regex_full(const char *pattern, const char *text) {
-  return run_regex(pattern, text, true, NULL, 0);
-}
-
-bool esp_regex_match(const char *pattern, const char *text, char *group, size_t group_size) {
-  return run_regex(pattern, text, false, group, group_size);
-}
 
 static bool suffix_match(const char *path, const char *name) {
   size_t n = strlen(path), k = strlen(name);

@@ -5,6 +5,7 @@
 #define ESP_OPTIM_H
 
 #include "backend/param.h"
+#include "core/regex.h"
 
 typedef struct esp_optim_cfg {
   const char *name; /* registry name: adamw, sgd */
@@ -12,6 +13,10 @@ typedef struct esp_optim_cfg {
   bool nesterov;
   double max_grad_norm;   /* 0: no clipping */
   double lora_plus_ratio; /* lr(group 1) = ratio * lr; 0: off. Group 1 holds the B matrices. */
+  /* lr of the parameters in whose names the key is found, times the value; the first key counts. A slow learner beside
+   * a fast head (SLCA, arXiv 2303.05118), or one rate per kind of module. */
+  const esp_pattern *lr_factors;
+  int n_lr_factors;
 } esp_optim_cfg;
 
 typedef struct esp_optim esp_optim;
@@ -29,13 +34,17 @@ struct esp_optim {
   const esp_optim_kind *kind;
   esp_optim_cfg cfg;
   esp_params *params;
+  double *factor;  /* [params->count] on lr */
   float *state[4]; /* flat, params->total elements each, backend memory (ESP_MEM_OPTIM) */
   int64_t step;    /* updates done */
 };
 
 const esp_optim_kind *esp_optim_find(const char *name);
 const char *const *esp_optim_names(int *n);
+/* A key of lr_factors that no parameter has: ESP_ERR_RECIPE. */
 esp_status esp_optim_create(const esp_optim_cfg *cfg, esp_params *ps, esp_optim **out);
+/* Other settings for the same kind; its state stays. */
+esp_status esp_optim_configure(esp_optim *o, const esp_optim_cfg *cfg);
 void esp_optim_destroy(esp_optim *o);
 /* One update with the given learning rate and gradient scale (clip factor); refreshes shadows. */
 void esp_optim_step(esp_optim *o, double lr, float grad_scale);

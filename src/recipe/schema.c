@@ -228,6 +228,9 @@ static const esp_key optim_keys[] = {
      .word = "off", .aliases = "clip_grad_norm", .help = "gradients are scaled down to this norm; off: never"},
     {"lora_plus_ratio", ESP_T_NUMBER, AT(optim.lora_plus_ratio), .def = "off", RANGE(0, 1e6), .word = "off",
      .aliases = "loraplus_lr_ratio", .help = "LoRA+: the B matrices learn this many times faster"},
+    {"lr_factors", ESP_T_PATTERNS, LIST(optim.lr_factors, optim.n_lr_factors), .def = "{}", .flags = ESP_K_ABOVE_MIN,
+     RANGE(0, 1e6),
+     .help = "lr of parameters in whose names the key, a regular expression, is found is multiplied; the first counts"},
 };
 
 static const esp_key schedule_keys[] = {

@@ -89,10 +89,7 @@ esp_status esp_engine_load(esp_engine *e, const char *base, const esp_adapter_cf
 }
 
 esp_status esp_engine_optim(esp_engine *e, const esp_optim_cfg *cfg, bool keep) {
-  if (keep && e->optim && !strcmp(e->optim->cfg.name, cfg->name)) {
-    e->optim->cfg = *cfg;
-    return ESP_OK;
-  }
+  if (keep && e->optim && !strcmp(e->optim->cfg.name, cfg->name)) return esp_optim_configure(e->optim, cfg);
   esp_optim_destroy(e->optim);
   e->optim = NULL;
   return esp_optim_create(cfg, e->adapter->params, &e->optim);

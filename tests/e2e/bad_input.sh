@@ -313,6 +313,8 @@ bad "norm tuning with biases" 2 "adapter.bias: ln_tuning trains no bias beside i
 bad "biases of a base that has none" 2 "adapter.type: bitfit trains biases, model has none" $no run r.yaml adapter.type=bitfit
 bad "a decay to nothing" 2 "schedule.min_lr_ratio: must be above 0 for the decay of infinite" $no run r.yaml schedule.name=infinite schedule.min_lr_ratio=0
 bad "a constant rate below the lowest" 2 "schedule.constant_ratio: is below min_lr_ratio" $no run r.yaml schedule.name=infinite schedule.constant_ratio=0.05
+bad "a rate for no parameter" 2 "optim.lr_factors: 'lm_head' is in the name of no trained parameter" $no run r.yaml 'optim.lr_factors={lm_head: 0.1}'
+bad "a rate by no regular expression" 2 "optim.lr_factors: .*\(" $no run r.yaml 'optim.lr_factors={"(": 0.1}'
 bad "folder without the split" 3 "empty: this folder holds no dev.json and no dev.jsonl" $no run r.yaml 'tasks[0].data[0].path=empty' 'tasks[0].data[0].split=dev'
 bad "benchmark outside its groups" 3 "x/train.json: is in no folder SC, TC" "mkdir x; replace x/train.json '[{\"sentence\": \"s\", \"label\": \"l\"}]'" run r.yaml 'tasks[0].data[0].path=x'
 bad "list of rows that does not end" 3 "a.jsonl:3:1: expected ']'" "sed -i -e '1i[' -e '2,\$d' a.jsonl" run r.yaml

@@ -81,6 +81,7 @@ static void run_trace(const esp_optim_cfg *cfg, esp_dtype shadow) {
         grad[ps->list[i].offset + e] = g;
         norm += (double)g * g;
         double gs = 0.5 * g, rate = i == 2 ? lr * cfg->lora_plus_ratio : lr;
+        if (cfg->n_lr_factors && (i == 0 || i == 2)) rate *= i == 0 ? 0.25 : 3; /* test_traces */
         if (i == 3) continue;
         if (!strcmp(cfg->name, "adamw"))
           adamw_ref(&t[ps->list[i].offset + e], gs, cfg, rate, step, i != 1);
@@ -133,10 +134,47 @@ static void test_traces(void **state) {
   for (esp_isa isa = ESP_ISA_PLAIN; isa <= last; isa++)
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
       esp_cpu_isa_set(isa);
+      static const esp_pattern factors[] = {{"0$", 0.25}, {"p[02]", 3}}; /* p0: the first counts; p2: LoRA+ as well */
       rows[i].lora_plus_ratio = 4;
+      rows[i].lr_factors = factors;
+      rows[i].n_lr_factors = i % 2 ? 2 : 0;
       run_trace(&rows[i], i % 2 ? ESP_F32 : ESP_BF16);
     }
   esp_cpu_isa_set(esp_cpu_isa_available());
+}
+
+/* Factors follow a new configuration, as between two tasks; a key that fits nothing is refused. */
+static void test_lr_factors(void **state) {
+  (void)state;
+  esp_params *ps;
+  esp_optim *o;
+  MUST(esp_params_create(be, &ps));
+  assert_int_equal(esp_params_add(ps, "model.layers.0.q_proj.lora_A.weight", 1, (int64_t[]){4}, true), 0);
+  assert_int_equal(esp_params_add(ps, "lm_head.weight", 1, (int64_t[]){4}, true), 1);
+  MUST(esp_params_finalize(ps, ESP_F32, true));
+  esp_pattern slow = {"layers\\.", 0.01}, none = {"score", 2};
+  esp_optim_cfg cfg = {.name = "sgd", .lr = 1, .lr_factors = &slow, .n_lr_factors = 1};
+  MUST(esp_optim_create(&cfg, ps, &o));
+  float one[4] = {1, 1, 1, 1};
+  for (int k = 0; k < 2; k++) {
+    be->ops->upload(be, ps->grad, one, sizeof one);
+    be->ops->upload(be, ps->grad + ps->list[1].offset, one, sizeof one);
+    esp_params_set(ps, 0, one);
+    esp_params_set(ps, 1, one);
+    esp_optim_step(o, 0.5, 1);
+    float got[4];
+    esp_params_get(ps, 0, got);
+    close_to(got[0], k ? 0.5 : 1 - 0.005, 1e-7);
+    esp_params_get(ps, 1, got);
+    close_to(got[3], 0.5, 1e-7);
+    MUST(esp_optim_configure(o, &(esp_optim_cfg){.name = "sgd", .lr = 1}));
+  }
+  esp_optim_destroy(o);
+  cfg.lr_factors = &none;
+  assert_int_equal(esp_optim_create(&cfg, ps, &o), ESP_ERR_RECIPE);
+  assert_non_null(strstr(esp_error_message(), "optim.lr_factors: 'score' is in the name of no trained parameter"));
+  esp_error_clear();
+  esp_params_destroy(ps);
 }
 
 static void test_published_adamw_trajectory(void **state) {
@@ -403,6 +441,7 @@ static int teardown(void **state) {
 }
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_traces),
+                                     cmocka_unit_test(test_lr_factors),
                                      cmocka_unit_test(test_published_adamw_trajectory),
                                      cmocka_unit_test(test_schedules),
                                      cmocka_unit_test(test_infinite_schedule),
