@@ -128,7 +128,7 @@ static esp_status prepare(esp_blend *b) {
   }
   if (m->kind->join == ESP_JOIN_STOCK) return find_stock(b);
   if (m->kind->join == ESP_JOIN_SLERP) return find_slerp(b);
-  if (m->kind->join == ESP_JOIN_OPCM) return esp_opcm_accumulate(b);
+  if (m->kind->join == ESP_JOIN_OPCM && b->v.linear) return esp_opcm_accumulate(b);
   return ESP_OK;
 }
 
@@ -174,6 +174,18 @@ static void sum(const esp_blend *b, int n, int64_t len, float *out) {
   }
 }
 
+/* A tensor that OPCM does not project: its part of the norms. */
+static void add_squares(esp_blend *b, int64_t len) {
+  for (int64_t k = 0; k < len; k++) {
+    double s = 0;
+    for (int i = 0; i < b->m->n; i++) {
+      s += b->x[i][k];
+      b->each_squares[i] += (double)b->x[i][k] * b->x[i][k];
+    }
+    b->own_squares += s * s;
+  }
+}
+
 static void largest(const esp_blend *b, int64_t len, float *out) {
   for (int64_t k = 0; k < len; k++) {
     float best = b->x[0][k];
@@ -202,6 +214,7 @@ esp_status esp_blend_rows(esp_blend *b, int64_t r0, int64_t n, float *out) {
     for (int64_t k = 0; k < len; k++) out[k] = (float)(b->scale * out[k]);
   } else {
     sum(b, vectors, len, out);
+    if (m->kind->join == ESP_JOIN_OPCM) add_squares(b, len);
   }
   return ESP_OK;
 }

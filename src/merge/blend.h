@@ -27,7 +27,7 @@ typedef struct esp_blend {
   float *x[ESP_MERGE_MOST + 1];                          /* a block of each */
   float *whole;                                          /* OPCM: the result */
   double scale;                                          /* lambda and the layer's factor */
-  double own_squares, each_squares[ESP_MERGE_MOST];      /* norms, of OPCM */
+  double own_squares, each_squares[ESP_MERGE_MOST];      /* of OPCM, complete after the last row */
 } esp_blend;
 
 esp_status esp_blend_open(const esp_method *m, const esp_vectors *v, esp_blend *b);

@@ -58,6 +58,7 @@ static esp_status rows(void *ctx, const esp_out_tensor *t, int64_t r0, int64_t n
   else
     ESP_TRY(esp_blend_rows(&g->open, r0, n, made));
   esp_stored_rows(t->stored, r0, n, cols, base);
+  esp_stored_drop(t->stored, r0, n, cols);
   for (int64_t i = 0; i < len; i++) made[i] = (float)(base[i] + g->model_scale * made[i]);
   return ESP_OK;
 }
@@ -81,14 +82,14 @@ static esp_status save_sums(blending *g, const esp_out_tensor *t, int64_t *at, d
   if (!made) return ESP_ERR_MEMORY;
   ESP_GOTO(esp_blend_open(g->m, &v, &g->open));
   g->opened = true;
-  *own += g->open.own_squares;
-  for (int i = 0; i < g->m->n; i++) each[i] += g->open.each_squares[i];
   for (int64_t r = 0; r < rows_of; r += step) {
     int64_t n = r + step <= rows_of ? step : rows_of - r;
     ESP_GOTO(esp_blend_rows(&g->open, r, n, made));
     ESP_GOTO(move(g, true, made, n * cols * 4, *at));
     *at += n * cols * 4;
   }
+  *own += g->open.own_squares;
+  for (int i = 0; i < g->m->n; i++) each[i] += g->open.each_squares[i];
 out:
   end(g, t);
   esp_mem_free(made);

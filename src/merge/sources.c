@@ -158,13 +158,6 @@ esp_status esp_sources_list(esp_sources *s, int dtype, esp_out_tensor **list, in
   return ESP_OK;
 }
 
-/* A pass goes through a file once: what it has read need not stay in memory. */
-static void drop_rows(const esp_st_entry *e, int64_t r0, int64_t n, int64_t cols) {
-  int64_t size = (int64_t)esp_dtype_size(e->dtype) * cols;
-  esp_st_entry part = {.data = (const char *)e->data + r0 * size, .bytes = n * size};
-  esp_st_drop(&part);
-}
-
 static esp_status read_adapter(esp_sources *s, esp_adapter *a, int64_t r0, int64_t n, int64_t cols, float *out) {
   const esp_out_tensor *t = s->reading;
   esp_site *site = t->site;
@@ -194,7 +187,7 @@ static esp_status read_rows(void *ctx, int i, int64_t r0, int64_t n, float *out)
   int64_t cols = esp_out_cols(t), len = n * cols;
   if (i == s->n) {
     esp_stored_rows(t->stored, r0, n, cols, out);
-    drop_rows(t->stored, r0, n, cols);
+    esp_stored_drop(t->stored, r0, n, cols);
     return ESP_OK;
   }
   const esp_source *m = &s->list[i];
@@ -208,13 +201,13 @@ static esp_status read_rows(void *ctx, int i, int64_t r0, int64_t n, float *out)
     int64_t size = (int64_t)esp_dtype_size(t->stored->dtype);
     const esp_st_entry *e = esp_st_find(m->file, t->name);
     esp_stored_rows(e, r0, n, cols, out);
-    drop_rows(e, r0, n, cols);
+    esp_stored_drop(e, r0, n, cols);
     for (int64_t k = 0; k < len; k += SOME) {
       int64_t some = len - k < SOME ? len - k : SOME;
       esp_convert(base, ESP_F32, (const char *)t->stored->data + (r0 * cols + k) * size, t->stored->dtype, some);
       for (int64_t j = 0; j < some; j++) out[k + j] -= base[j];
     }
-    drop_rows(t->stored, r0, n, cols);
+    esp_stored_drop(t->stored, r0, n, cols);
   }
   for (int64_t k = 0; k < len; k++)
     if (!isfinite(out[k]))

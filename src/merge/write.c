@@ -52,6 +52,12 @@ void esp_stored_rows(const esp_st_entry *e, int64_t r0, int64_t n, int64_t cols,
   esp_convert(out, ESP_F32, (const char *)e->data + r0 * cols * size, e->dtype, n * cols);
 }
 
+void esp_stored_drop(const esp_st_entry *e, int64_t r0, int64_t n, int64_t cols) {
+  int64_t size = (int64_t)esp_dtype_size(e->dtype) * cols;
+  esp_st_entry part = {.data = (const char *)e->data + r0 * size, .bytes = n * size};
+  esp_st_drop(&part);
+}
+
 esp_status esp_out_list(const esp_st *file, int dtype, int room, esp_out_tensor **list, int *n) {
   const char *const *shards;
   int n_shards = esp_st_shards(file, &shards);

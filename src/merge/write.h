@@ -42,6 +42,8 @@ int64_t esp_out_cols(const esp_out_tensor *t);
 int64_t esp_out_step(const esp_out_tensor *t); /* rows of one block */
 /* Rows of a stored tensor, as fp32. */
 void esp_stored_rows(const esp_st_entry *e, int64_t r0, int64_t n, int64_t cols, float *out);
+/* A pass goes through a file once: rows that were read need not stay in memory. */
+void esp_stored_drop(const esp_st_entry *e, int64_t r0, int64_t n, int64_t cols);
 /* All tensors of a safetensors model, shard by shard, unchanged; free with esp_mem_free. room: for so many more. */
 esp_status esp_out_list(const esp_st *file, int dtype, int room, esp_out_tensor **list, int *n);
 esp_status esp_out_write(const esp_out_model *m, esp_merge_stats *stats);
