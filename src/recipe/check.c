@@ -182,6 +182,9 @@ static void place_outputs(esp_binder *b) {
 static void check_strategies(esp_binder *b, const esp_node *root) {
   const esp_recipe *r = b->recipe;
   const esp_strategy_cfg *c = &r->continual.strategy;
+  if (r->continual.policy == ESP_POLICY_JOINT && c->n > 0)
+    esp_bind_error(b, node_at(root, "continual", "strategy"),
+                   "continual.strategy: with policy joint there is nothing to forget");
   bool moves = false, one = r->continual.policy == ESP_POLICY_CONTINUE || r->n_tasks == 1;
   for (int i = 0; i < r->n_tasks; i++) {
     const esp_adapter_kind *kind = r->tasks[i].adapter.type ? esp_adapter_find(r->tasks[i].adapter.type) : NULL;

@@ -65,6 +65,7 @@ esp_status esp_recipe_parse(const char *yaml, size_t n, const char *path, const 
     if (!b.oom) esp_check_recipe(&b, root);
   }
   st = esp_bind_finish(&b);
+  if (st == ESP_OK && r->continual.policy == ESP_POLICY_JOINT && r->n_tasks > 1) st = esp_recipe_join(r, &r);
 out:
   if (st == ESP_OK)
     *out = r;

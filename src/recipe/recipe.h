@@ -55,7 +55,8 @@ typedef struct esp_recipe_task {
 typedef enum esp_adapter_policy {
   ESP_POLICY_CONTINUE,
   ESP_POLICY_NEW_PER_TASK,
-  ESP_POLICY_MERGE_THEN_NEW
+  ESP_POLICY_MERGE_THEN_NEW,
+  ESP_POLICY_JOINT /* all tasks as one */
 } esp_adapter_policy;
 
 typedef struct esp_watchdog {
@@ -127,7 +128,8 @@ typedef struct esp_recipe {
     const char *keep_best_metric; /* eval set name, or "loss"; NULL: off */
     bool keep_best_max;
   } checkpoint;
-  struct esp_origins *origins; /* where each value came from; private to this room */
+  const struct esp_recipe *whole; /* policy joint: the recipe as it was written, whose tasks are one here; else NULL */
+  struct esp_origins *origins;    /* where each value came from; private to this room */
 } esp_recipe;
 
 /* Parses, applies overrides ("optim.lr=1e-4", "tasks[1].train.epochs=2"), fills defaults, checks ranges and references.

@@ -378,6 +378,7 @@ static void write_object(writer *w, const esp_object *o, const void *base, int i
 }
 
 char *esp_recipe_resolved(const esp_recipe *r) {
+  if (r->whole) r = r->whole;
   esp_strbuf out;
   esp_strbuf_init(&out);
   esp_strbuf_puts(&out, "# Resolved from ");
@@ -391,6 +392,7 @@ char *esp_recipe_resolved(const esp_recipe *r) {
 /* Sections with all values of each task, whether they were written there or above: two recipes that mean the same have
  * the same hash. */
 void esp_recipe_hash(const esp_recipe *r, char out[33]) {
+  if (r->whole) r = r->whole;
   esp_strbuf text;
   esp_strbuf_init(&text);
   writer w = {r, &text, true};

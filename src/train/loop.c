@@ -36,10 +36,11 @@ static esp_status refuse_memory(const esp_plan *p) {
 static esp_status make_matrix(esp_loop *l) {
   const esp_recipe *r = l->r;
   if (r->eval.n_sets == 0 || !l->hooks || !l->hooks->score) return ESP_OK;
-  ESP_TRY(esp_matrix_create(r->n_tasks, r->eval.n_sets, &l->matrix));
-  for (int i = 0; i < r->n_tasks; i++) {
-    snprintf(l->matrix->task_name[i], ESP_MATRIX_NAME, "%s", r->tasks[i].name);
-    if (r->tasks[i].n_eval > 0) l->matrix->column[i] = r->tasks[i].eval[0];
+  const esp_recipe *all = r->whole ? r->whole : r; /* a joint run fills the row of the last task */
+  ESP_TRY(esp_matrix_create(all->n_tasks, r->eval.n_sets, &l->matrix));
+  for (int i = 0; i < all->n_tasks; i++) {
+    snprintf(l->matrix->task_name[i], ESP_MATRIX_NAME, "%s", all->tasks[i].name);
+    if (all->tasks[i].n_eval > 0) l->matrix->column[i] = all->tasks[i].eval[0];
   }
   for (int i = 0; i < r->eval.n_sets; i++) {
     snprintf(l->matrix->set_name[i], ESP_MATRIX_NAME, "%s", r->eval.sets[i].name);
@@ -274,13 +275,14 @@ static esp_status end_task(esp_loop *l, int task) {
   ESP_TRY(esp_strategies_deploy(s, &l->engine.sequence, true));
   ESP_TRY(esp_comm_agree(l->comm, l->comm->rank == 0 ? finish_background(l) : ESP_OK));
   ESP_TRY(esp_loop_save_adapter(l, "adapters", t->name, path));
-  ESP_TRY(esp_loop_matrix_row(l, task + 1));
-  ESP_TRY(esp_loop_best_of_row(l, task + 1));
+  bool last = task + 1 == l->r->n_tasks;
+  int row = last && l->matrix ? l->matrix->tasks : task + 1;
+  ESP_TRY(esp_loop_matrix_row(l, row));
+  ESP_TRY(esp_loop_best_of_row(l, row));
   ESP_TRY(esp_strategies_deploy(s, &l->engine.sequence, false));
   esp_event e = esp_loop_event(l, ESP_EVENT_TASK_END);
   e.path = path;
   esp_loop_emit(l, &e);
-  bool last = task + 1 == l->r->n_tasks;
   if (!last && l->r->continual.policy == ESP_POLICY_MERGE_THEN_NEW) {
     ESP_TRY(esp_rundir_base(l, base));
     snprintf(rel, sizeof rel, "bases/%s", t->name);

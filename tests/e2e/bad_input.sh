@@ -360,6 +360,7 @@ bad "strategy that is none" 2 "continual.strategy: 'ewk' is not one of" $no run 
 bad "strategy named twice" 2 "continual.strategy: l2 is named twice" $no run r.yaml 'continual.strategy=[l2, l2]'
 bad "values held for ranks that move" 2 "l2 holds a value for each parameter" $no run r.yaml continual.strategy=l2 adapter.type=adalora
 bad "values held for adapters that come and go" 2 "l2 needs one adapter through all tasks" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=l2 continual.policy=new_per_task
+bad "joint against forgetting" 2 "with policy joint there is nothing to forget" $no run r.yaml continual.policy=joint continual.strategy=l2
 bad "replay with one task" 2 "replay has nothing to replay with one task" $no run r.yaml continual.strategy=replay
 bad "replay of half a sample" 2 "replay.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=replay continual.replay.buffer=1.5
 bad "replay of nothing but the past" 2 "continual.replay.ratio: 1 is out of range" $no run r.yaml continual.replay.ratio=1
