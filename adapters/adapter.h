@@ -281,6 +281,8 @@ struct esp_adapter { /* one named adapter on one model */
 
 const esp_adapter_kind *esp_adapter_find(const char *name);
 const char *const *esp_adapter_names(int *n);
+/* An init of LoRA after which the base is not the one that was loaded. NULL: no. */
+bool esp_lora_rewrites_base(const char *init);
 
 /* Resolves targets, declares, allocates and initialises on an opened model (before esp_model_load_weights). Errors:
  * a target that matches nothing, a site both targeted and in modules_to_save, ... (ESP_ERR_RECIPE, naming the key). */

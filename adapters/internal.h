@@ -93,7 +93,6 @@ typedef struct esp_lora_site {
 /* lora_init.c. init_from_data: a pass over data gives A and B. gives_way: the base is W - s B0 A0, so that the adapter
  * of the file is [A; A0], [B, -B0]. keep: A0 and B0 from these. */
 esp_status esp_lora_init(esp_adapter *a, esp_site *s);
-bool esp_lora_rewrites_base(const char *init);
 bool esp_lora_init_from_data(const char *init);
 bool esp_lora_init_known(const char *init);
 bool esp_lora_gives_way(const esp_adapter *a);

@@ -31,7 +31,7 @@ static bool one_of(const char *init, const char *const *list, size_t n) {
 
 bool esp_lora_rewrites_base(const char *init) {
   static const char *const list[] = {"pissa", "olora", "corda", "lora_ga", "loftq"};
-  return one_of(init, list, sizeof list / sizeof list[0]) || pissa_iterations(init) >= 0;
+  return init && (one_of(init, list, sizeof list / sizeof list[0]) || pissa_iterations(init) >= 0);
 }
 
 bool esp_lora_init_from_data(const char *init) {

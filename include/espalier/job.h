@@ -47,6 +47,7 @@ typedef struct esp_score {
   char set[64], metric[32];
   double value;
   int64_t samples;
+  double malformed; /* share of answers that are none of the labels; NaN: not asked of this set */
 } esp_score;
 /* `scores` has room for `max`; *n is how many sets there are. */
 ESP_API esp_status esp_job_eval(esp_job *job, const char *adapter_dir, const esp_run_options *options,

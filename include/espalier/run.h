@@ -44,6 +44,8 @@ typedef struct esp_event {
   int64_t memory_now, memory_peak; /* bytes of the process's own allocations on this rank */
   const char *set, *metric;        /* EVAL */
   double score;                    /* EVAL */
+  int has_malformed;               /* EVAL: the answers of this set are labels */
+  double malformed;                /* EVAL: share of them that are none of the labels */
   const char *path;                /* CHECKPOINT, TASK_END, RUN_END */
   const char *text;                /* NOTE */
   double penalty;                  /* of the adapter kind, beside the loss */
@@ -71,7 +73,7 @@ typedef struct esp_run_result {
   int64_t trainable, parameters;
   int n_tasks; /* matrix: filled when evaluation sets exist, else has_matrix 0 */
   int has_matrix;
-  double acc, bwt, fwt, forgetting, min_acc;
+  double acc, bwt, fwt, forgetting, lowest;
 } esp_run_result;
 
 /* ---- a plan: found by running the same code on the backend that only counts ---- */

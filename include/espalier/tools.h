@@ -96,8 +96,15 @@ ESP_API esp_status esp_export(const esp_export_options *o, esp_extract_result *o
 
 /* A model directory, an adapter directory, a checkpoint, a run or a safetensors file. */
 ESP_API esp_status esp_inspect(const char *path, int json, char **text);
-/* The score matrix of a run with ACC, BWT, FWT and forgetting and their formulas. */
-ESP_API esp_status esp_run_matrix(const char *run_dir, int json, char **text);
+typedef struct esp_matrix_options { /* all zero: the defaults */
+  int json;
+  const char *bwt;               /* "gem" (NULL: this) or "trace": the denominator of BWT */
+  int64_t window;                /* steps of windowed forgetting and plasticity; 0: 10 */
+  const char *const *references; /* runs to compare with: one per task alone, or one of all tasks together */
+  int n_references;
+} esp_matrix_options;
+/* The score matrix of a run and what follows from it and from the evaluations inside tasks, with their formulas. */
+ESP_API esp_status esp_run_matrix(const char *run_dir, const esp_matrix_options *options, char **text);
 /* A self-contained HTML page; out NULL: <run_dir>/report.html. */
 ESP_API esp_status esp_run_report(const char *run_dir, const char *out);
 

@@ -124,7 +124,11 @@ static esp_status eval_sets(esp_engine *e, const esp_train_data *d, const esp_ru
     const esp_eval_set *set = &r->eval.sets[i];
     esp_score_request q = {e->model, d->tok, d->eval[i], &e->stack, set, r->eval.batch_tokens, e->comm};
     esp_score s = {0};
-    ESP_TRY(esp_api_hooks.score(NULL, &q, &s.value, &s.samples));
+    esp_score_result result;
+    ESP_TRY(esp_api_hooks.score(NULL, &q, &result));
+    s.value = result.value;
+    s.samples = result.samples;
+    s.malformed = result.malformed;
     snprintf(s.set, sizeof s.set, "%s", set->name);
     snprintf(s.metric, sizeof s.metric, "%s", esp_metric_name(set->metric));
     if (i < max) scores[i] = s;
@@ -134,6 +138,8 @@ static esp_status eval_sets(esp_engine *e, const esp_train_data *d, const esp_ru
                     .set = s.set,
                     .metric = s.metric,
                     .score = s.value,
+                    .has_malformed = !isnan(s.malformed),
+                    .malformed = s.malformed,
                     .path = "",
                     .text = ""};
     if (opt && opt->on_event && e->comm->rank == 0) opt->on_event(opt->ctx, &ev);

@@ -138,26 +138,6 @@ esp_status esp_export(const esp_export_options *o, esp_extract_result *out) {
   return ESP_OK;
 }
 
-esp_status esp_run_matrix(const char *run_dir, int json, char **text) {
-  char path[ESP_PATH];
-  esp_matrix *m = NULL;
-  esp_strbuf b;
-  *text = NULL;
-  esp_path_join(path, sizeof path, run_dir, "matrix.json");
-  if (!esp_file_exists(path))
-    return esp_fail(ESP_ERR_DATA, "%s: holds no score matrix (no evaluation sets, or none measured yet)", run_dir);
-  ESP_TRY(esp_matrix_load(path, &m));
-  esp_strbuf_init(&b);
-  if (json)
-    esp_matrix_render_json(m, &b);
-  else
-    esp_matrix_render_text(m, true, &b);
-  esp_matrix_destroy(m);
-  *text = esp_strbuf_take(&b);
-  esp_strbuf_deinit(&b);
-  return *text ? ESP_OK : ESP_ERR_MEMORY;
-}
-
 esp_status esp_run_report(const char *run_dir, const char *out) {
   return esp_report_write(run_dir, out);
 }

@@ -1,4 +1,6 @@
 /* eval.c: `espalier eval`: the recipe's evaluation sets on the base or on an adapter. */
+#include <math.h>
+
 #include "cli/cli.h"
 
 static const cli_option options[] = {
@@ -23,10 +25,16 @@ static int eval(cli_args *a) {
         cli_json_string(stdout, scores[i].set);
         printf(", \"metric\": \"%s\", \"score\": ", scores[i].metric);
         cli_json_number(stdout, scores[i].value);
+        if (!isnan(scores[i].malformed)) {
+          fputs(", \"malformed\": ", stdout);
+          cli_json_number(stdout, scores[i].malformed);
+        }
         printf(", \"samples\": %lld}\n", (long long)scores[i].samples);
       } else {
-        printf("%-24s %-12s %10.4f  (%lld samples)\n", scores[i].set, scores[i].metric, scores[i].value,
+        printf("%-24s %-12s %10.4f  (%lld samples", scores[i].set, scores[i].metric, scores[i].value,
                (long long)scores[i].samples);
+        if (!isnan(scores[i].malformed)) printf(", %.1f%% none of the labels", 100 * scores[i].malformed);
+        puts(")");
       }
     }
   code = st == ESP_OK ? 0 : cli_fail(st);

@@ -148,6 +148,10 @@ static void json_event(const esp_event *e) {
     cli_json_string(f, e->metric);
     fputs(", \"score\": ", f);
     cli_json_number(f, e->score);
+    if (e->has_malformed) {
+      fputs(", \"malformed\": ", f);
+      cli_json_number(f, e->malformed);
+    }
   }
   if (e->path && *e->path) {
     fputs(", \"path\": ", f);

@@ -22,8 +22,8 @@ static void result_json(const esp_run_result *r, esp_status st) {
   fputs(", \"last_loss\": ", stdout);
   cli_json_number(stdout, r->last_loss);
   if (r->has_matrix) {
-    const char *const names[] = {"acc", "bwt", "fwt", "forgetting", "min_acc"};
-    const double values[] = {r->acc, r->bwt, r->fwt, r->forgetting, r->min_acc};
+    const char *const names[] = {"acc", "bwt", "fwt", "forgetting", "lowest"};
+    const double values[] = {r->acc, r->bwt, r->fwt, r->forgetting, r->lowest};
     for (int i = 0; i < 5; i++) {
       printf(", \"%s\": ", names[i]);
       cli_json_number(stdout, values[i]);
@@ -49,7 +49,7 @@ void cli_print_result(const cli_args *a, esp_status st, const esp_run_result *r,
     printf("on %s; peak in host memory %s\n", r->device, cli_bytes((double)r->memory_peak, memory, sizeof memory));
   if (!r->has_matrix || st != ESP_OK) return;
   char *text = NULL;
-  if (esp_run_matrix(run_dir, 0, &text) == ESP_OK) fputs(text, stdout);
+  if (esp_run_matrix(run_dir, NULL, &text) == ESP_OK) fputs(text, stdout);
   esp_free(text);
 }
 

@@ -10,6 +10,7 @@
 #include "io/file.h"
 
 enum { SCORE, SIGNED, COUNT, BYTES, SECONDS };
+enum { WINDOW = 10 }; /* steps of windowed forgetting and plasticity */
 static const struct {
   const char *key, *label;
   int unit;
@@ -19,7 +20,14 @@ static const struct {
     [ESP_MEASURE_FWT] = {"fwt", "FWT", SIGNED},
     [ESP_MEASURE_FORGETTING] = {"forgetting", "forgetting", SCORE},
     [ESP_MEASURE_LEARNING] = {"learning_acc", "learning", SCORE},
+    [ESP_MEASURE_LOWEST] = {"lowest", "lowest", SCORE},
+    [ESP_MEASURE_BWT_TRACE] = {"bwt_trace", "BWT (trace)", SIGNED},
+    [ESP_MEASURE_ANYTIME] = {"anytime_acc", "anytime", SCORE},
     [ESP_MEASURE_MIN_ACC] = {"min_acc", "min-ACC", SCORE},
+    [ESP_MEASURE_WC_ACC] = {"wc_acc", "WC-ACC", SCORE},
+    [ESP_MEASURE_WF] = {"wf", "WF", SCORE},
+    [ESP_MEASURE_WP] = {"wp", "WP", SCORE},
+    [ESP_MEASURE_GAP] = {"gap", "gap", SCORE},
     [ESP_MEASURE_TRAINED] = {"trainable", "trained", COUNT},
     [ESP_MEASURE_MEMORY] = {"memory_peak", "memory", BYTES},
     [ESP_MEASURE_STEP] = {"step_seconds", "step", SECONDS},
@@ -36,6 +44,7 @@ const char *esp_measure_label(esp_measure m) {
 esp_status esp_compared_read(esp_compared *run) {
   char path[PATH_MAX];
   esp_run_data d;
+  esp_status st;
   run->finished = false;
   for (int m = 0; m < ESP_MEASURES; m++) run->value[m] = NAN;
   if (!esp_file_exists(esp_path_join(path, sizeof path, run->dir, "result.json"))) return ESP_OK;
@@ -46,6 +55,13 @@ esp_status esp_compared_read(esp_compared *run) {
   v[ESP_MEASURE_MEMORY] = device > 0 ? device : esp_run_data_result(&d, "memory_peak");
   v[ESP_MEASURE_STEP] = esp_run_data_step_seconds(&d);
   v[ESP_MEASURE_SECONDS] = esp_run_data_result(&d, "seconds");
+  esp_curve_summary c;
+  st = esp_run_data_inside(&d, WINDOW, &c);
+  v[ESP_MEASURE_MIN_ACC] = c.min_acc;
+  v[ESP_MEASURE_WC_ACC] = c.wc_acc;
+  v[ESP_MEASURE_WF] = c.wf;
+  v[ESP_MEASURE_WP] = c.wp;
+  v[ESP_MEASURE_GAP] = c.gap;
   if (d.matrix) {
     esp_matrix_summary s;
     esp_matrix_summarise(d.matrix, &s);
@@ -54,10 +70,12 @@ esp_status esp_compared_read(esp_compared *run) {
     v[ESP_MEASURE_FWT] = s.fwt;
     v[ESP_MEASURE_FORGETTING] = s.forgetting;
     v[ESP_MEASURE_LEARNING] = s.learning_acc;
-    v[ESP_MEASURE_MIN_ACC] = s.min_acc;
+    v[ESP_MEASURE_LOWEST] = s.lowest;
+    v[ESP_MEASURE_BWT_TRACE] = s.bwt_trace;
+    v[ESP_MEASURE_ANYTIME] = s.anytime_acc;
   }
   esp_run_data_deinit(&d);
-  return ESP_OK;
+  return st;
 }
 
 /* ---- spread ---- */
@@ -176,9 +194,9 @@ static char *next_cell(table *t, int row) {
 }
 
 static void by_variant(const esp_compared *runs, int n, table *t) {
-  static const esp_measure shown[] = {ESP_MEASURE_ACC,        ESP_MEASURE_BWT,      ESP_MEASURE_FWT,
-                                      ESP_MEASURE_FORGETTING, ESP_MEASURE_LEARNING, ESP_MEASURE_MIN_ACC,
-                                      ESP_MEASURE_MEMORY,     ESP_MEASURE_TRAINED,  ESP_MEASURE_STEP};
+  static const esp_measure shown[] = {
+      ESP_MEASURE_ACC,    ESP_MEASURE_BWT,    ESP_MEASURE_FWT,    ESP_MEASURE_FORGETTING, ESP_MEASURE_LEARNING,
+      ESP_MEASURE_LOWEST, ESP_MEASURE_WC_ACC, ESP_MEASURE_MEMORY, ESP_MEASURE_TRAINED,    ESP_MEASURE_STEP};
   t->rows = 1;
   t->names = 1;
   for (int i = 0; i < n; i++) {

@@ -13,7 +13,14 @@ typedef enum esp_measure {
   ESP_MEASURE_FWT,
   ESP_MEASURE_FORGETTING,
   ESP_MEASURE_LEARNING,
-  ESP_MEASURE_MIN_ACC,
+  ESP_MEASURE_LOWEST,
+  ESP_MEASURE_BWT_TRACE,
+  ESP_MEASURE_ANYTIME,
+  ESP_MEASURE_MIN_ACC, /* these five: from the evaluations inside tasks, windows of 10 steps */
+  ESP_MEASURE_WC_ACC,
+  ESP_MEASURE_WF,
+  ESP_MEASURE_WP,
+  ESP_MEASURE_GAP,
   ESP_MEASURE_TRAINED, /* parameters */
   ESP_MEASURE_MEMORY,  /* peak bytes: of the device where one was used, else of the host */
   ESP_MEASURE_STEP,    /* seconds of the median step */

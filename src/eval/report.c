@@ -228,7 +228,7 @@ static void facts(esp_strbuf *b, const esp_run_data *s, const esp_matrix *m) {
     fact_score(b, "BWT", x.bwt, true);
     fact_score(b, "FWT", x.fwt, true);
     fact_score(b, "forgetting", x.forgetting, false);
-    fact_score(b, "min-ACC", x.min_acc, false);
+    fact_score(b, "lowest", x.lowest, false);
   }
   esp_strbuf_puts(b, "</div>");
 }
@@ -269,7 +269,7 @@ esp_status esp_report_write(const char *run_dir, const char *out) {
   if (m) {
     esp_strbuf plain;
     esp_strbuf_init(&plain);
-    esp_matrix_render_text(m, true, &plain);
+    esp_matrix_render_text(m, &(esp_matrix_view){.formulas = true}, &plain);
     esp_strbuf_puts(&b, "<h2>Numbers and their formulas</h2><pre>");
     if (plain.data) text(&b, plain.data);
     esp_strbuf_puts(&b, "</pre>");

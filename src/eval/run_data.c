@@ -17,7 +17,9 @@ void esp_run_data_deinit(esp_run_data *d) {
   for (int c = 0; c < d->n_curves; c++) {
     esp_mem_free(d->curves[c].step);
     esp_mem_free(d->curves[c].score);
+    esp_mem_free(d->curves[c].task);
   }
+  esp_mem_free(d->names);
   esp_mem_free(d->curves);
   esp_mem_free(d->switches);
   esp_matrix_destroy(d->matrix);
@@ -40,6 +42,16 @@ static esp_status grow(double **arrays[], int n_arrays, int64_t n, int64_t *cap)
 static double number(const json_t *row, const char *key) {
   const json_t *v = json_object_get(row, key);
   return json_is_number(v) ? json_number_value(v) : NAN;
+}
+
+static esp_status name_index(esp_run_data *d, const char *name, int *out) {
+  for (*out = 0; *out < d->n_names; ++*out)
+    if (!strcmp(d->names[*out], name)) return ESP_OK;
+  void *p = esp_mem_realloc(ESP_MEM_HOST, d->names, (size_t)(d->n_names + 1) * sizeof *d->names);
+  if (!p) return ESP_ERR_MEMORY;
+  d->names = p;
+  snprintf(d->names[d->n_names++], ESP_MATRIX_NAME, "%s", name);
+  return ESP_OK;
 }
 
 static esp_status add_step(esp_run_data *d, const json_t *row) {
@@ -65,7 +77,7 @@ static esp_status add_step(esp_run_data *d, const json_t *row) {
   return ESP_OK;
 }
 
-static esp_status add_score(esp_run_data *d, const char *set, const char *metric, double step, double score) {
+static esp_status add_score(esp_run_data *d, const char *set, const char *metric, int task, double step, double score) {
   esp_run_curve *c = NULL;
   for (int i = 0; i < d->n_curves && !c; i++)
     if (!strcmp(d->curves[i].set, set) && !strcmp(d->curves[i].metric, metric)) c = &d->curves[i];
@@ -77,9 +89,10 @@ static esp_status add_score(esp_run_data *d, const char *set, const char *metric
     snprintf(c->set, sizeof c->set, "%s", set);
     snprintf(c->metric, sizeof c->metric, "%s", metric);
   }
-  double **arrays[] = {&c->step, &c->score};
-  ESP_TRY(grow(arrays, 2, c->n, &c->cap));
+  double **arrays[] = {&c->step, &c->score, &c->task};
+  ESP_TRY(grow(arrays, 3, c->n, &c->cap));
   c->step[c->n] = step;
+  c->task[c->n] = task;
   c->score[c->n++] = score;
   return ESP_OK;
 }
@@ -87,9 +100,12 @@ static esp_status add_score(esp_run_data *d, const char *set, const char *metric
 static esp_status add_line(esp_run_data *d, const json_t *row) {
   const char *set = json_string_value(json_object_get(row, "eval"));
   const char *metric = json_string_value(json_object_get(row, "metric"));
+  const char *name = json_string_value(json_object_get(row, "task"));
   double step = number(row, "step");
+  int task = 0;
   if (isnan(step)) return ESP_OK;
-  if (set && metric) return add_score(d, set, metric, step, number(row, "score"));
+  if (name) ESP_TRY(name_index(d, name, &task));
+  if (set && metric) return add_score(d, set, metric, task, step, number(row, "score"));
   return json_object_get(row, "loss") ? add_step(d, row) : ESP_OK;
 }
 
@@ -149,6 +165,48 @@ double esp_run_data_step_seconds(const esp_run_data *d) {
   if (n > 0) median = n % 2 ? v[n / 2] : (v[n / 2 - 1] + v[n / 2]) / 2;
   esp_mem_free(v);
   return median;
+}
+
+const esp_run_curve *esp_run_data_curve(const esp_run_data *d, const char *set, const char *metric) {
+  for (int i = 0; i < d->n_curves; i++)
+    if (!strcmp(d->curves[i].set, set) && !strcmp(d->curves[i].metric, metric)) return &d->curves[i];
+  return NULL;
+}
+
+static int task_of(const esp_matrix *m, const char *name) {
+  for (int t = 0; t < m->tasks; t++)
+    if (!strcmp(m->task_name[t], name)) return t;
+  return 0;
+}
+
+esp_status esp_run_data_inside(const esp_run_data *d, double window, esp_curve_summary *out) {
+  esp_status st = ESP_OK;
+  const esp_matrix *m = d->matrix;
+  *out = (esp_curve_summary){NAN, NAN, NAN, NAN, NAN, 0};
+  if (!m) return ESP_OK;
+  esp_score_points *points = esp_mem_alloc(ESP_MEM_HOST, (size_t)(m->tasks + 1) * sizeof *points);
+  if (!points) return ESP_ERR_MEMORY;
+  bool curves = true;
+  for (int t = 0; t < m->tasks; t++)
+    curves =
+        curves && m->column[t] >= 0 && esp_run_data_curve(d, m->set_name[m->column[t]], m->set_metric[m->column[t]]);
+  for (int t = 0; t < m->tasks && m->column[t] >= 0; t++) {
+    const esp_run_curve *c = esp_run_data_curve(d, m->set_name[m->column[t]], m->set_metric[m->column[t]]);
+    points[t].at = esp_mem_alloc(ESP_MEM_HOST, (size_t)(curves ? c->n : m->tasks + 1) * sizeof *points[t].at);
+    if (!points[t].at) {
+      st = ESP_ERR_MEMORY;
+      goto out;
+    }
+    if (!curves) points[t].n = esp_matrix_points(m, t, points[t].at);
+    for (int64_t i = 0; curves && i < c->n; i++)
+      if (!isnan(c->score[i]))
+        points[t].at[points[t].n++] = (esp_score_point){task_of(m, d->names[(int)c->task[i]]), c->step[i], c->score[i]};
+  }
+  esp_curve_summarise(m, points, curves ? window : 0, out);
+out:
+  for (int t = 0; t < m->tasks; t++) esp_mem_free(points[t].at);
+  esp_mem_free(points);
+  return st;
 }
 
 double esp_run_data_result(const esp_run_data *d, const char *key) {

@@ -9,7 +9,7 @@ enum { ESP_RUN_LOSS, ESP_RUN_LR, ESP_RUN_GRAD_NORM, ESP_RUN_SECONDS, ESP_RUN_VAL
 
 typedef struct esp_run_curve { /* one evaluation set under one metric, in the order of the steps */
   char set[ESP_MATRIX_NAME], metric[ESP_MATRIX_NAME];
-  double *step, *score;
+  double *step, *score, *task; /* task: index into names */
   int64_t n, cap;
 } esp_run_curve;
 
@@ -23,6 +23,8 @@ typedef struct esp_run_data {
   int64_t n, cap;
   esp_run_switch *switches;
   int n_switches;
+  char (*names)[ESP_MATRIX_NAME]; /* tasks in the order in which they appear */
+  int n_names;
   esp_run_curve *curves;
   int n_curves;
   double seconds, tokens_per_second, memory; /* of all steps; mean; largest */
@@ -35,6 +37,11 @@ esp_status esp_run_data_read(const char *run_dir, esp_run_data *out);
 void esp_run_data_deinit(esp_run_data *d);
 /* NaN when there is no step. The median: a step beside a checkpoint or an evaluation does not count. */
 double esp_run_data_step_seconds(const esp_run_data *d);
+/* The curve of a set under a metric, NULL: never measured. */
+const esp_run_curve *esp_run_data_curve(const esp_run_data *d, const char *set, const char *metric);
+/* The numbers from inside tasks: of the curves of metrics.jsonl, or, where it has none, of the matrix's rows (then
+ * nothing that has a window). All NaN without a matrix. */
+esp_status esp_run_data_inside(const esp_run_data *d, double window, esp_curve_summary *out);
 /* A number of result.json, NaN when it has none; "a.b" is b inside a. */
 double esp_run_data_result(const esp_run_data *d, const char *key);
 

@@ -157,7 +157,7 @@ static void check_keep_best(esp_binder *b, const esp_node *root) {
     if (n < 65) names[n++] = r->eval.sets[i].name;
     if (strcmp(metric, r->eval.sets[i].name)) continue;
     known = true;
-    max = r->eval.sets[i].metric != ESP_METRIC_PERPLEXITY;
+    max = !esp_metric_lower(r->eval.sets[i].metric);
   }
   if (!known) {
     const esp_node *m = at ? esp_node_get(at, "metric", NULL) : NULL;
@@ -165,6 +165,27 @@ static void check_keep_best(esp_binder *b, const esp_node *root) {
                    metric, esp_suggest(metric, names, n, hint, sizeof hint));
   }
   if (!mode || esp_node_is_null(mode)) r->checkpoint.keep_best_max = max;
+}
+
+/* Where the predictions of the base are asked for, the base must still be there when adapters are off. */
+static void check_against_base(esp_binder *b, const esp_node *root) {
+  const esp_recipe *r = b->recipe;
+  for (int i = 0; i < r->eval.n_sets; i++) {
+    esp_metric metric = r->eval.sets[i].metric;
+    if (metric != ESP_METRIC_BASE_XENT && metric != ESP_METRIC_BASE_KL) continue;
+    const esp_node *at = node_at(item(root, "eval", "sets", i), NULL, "metric");
+    if (r->continual.policy == ESP_POLICY_MERGE_THEN_NEW && r->n_tasks > 1) {
+      esp_bind_error(b, at,
+                     "eval.sets[%d].metric: compares with the base, which continual.policy merge_then_new changes", i);
+      continue;
+    }
+    for (int t = 0; t < r->n_tasks; t++) {
+      const char *init = r->tasks[t].adapter.init;
+      if (!esp_lora_rewrites_base(init)) continue;
+      esp_bind_error(b, at, "eval.sets[%d].metric: compares with the base, which adapter.init %s changes", i, init);
+      break;
+    }
+  }
 }
 
 /* What is made after the run lives in the run's folder, unless it says otherwise. */
@@ -223,6 +244,7 @@ void esp_check_recipe(esp_binder *b, const esp_node *root) {
   check_strategies(b, root);
   check_device(b, root);
   check_keep_best(b, root);
+  check_against_base(b, root);
   check_sections(b, root, "", &r->data, &r->optim, &r->adapter);
   check_schedule(b, root, "", &r->schedule);
   check_length(b, root, "", &r->train);

@@ -27,8 +27,14 @@ typedef enum esp_metric {
   ESP_METRIC_PERPLEXITY,
   ESP_METRIC_CHOICE,
   ESP_METRIC_EXACT_MATCH,
-  ESP_METRIC_ROUGE_L
+  ESP_METRIC_ROUGE_L,
+  ESP_METRIC_BASE_XENT,
+  ESP_METRIC_BASE_KL
 } esp_metric;
+static inline bool esp_metric_lower(esp_metric m) { /* smaller is better */
+  return m == ESP_METRIC_PERPLEXITY || m == ESP_METRIC_BASE_XENT || m == ESP_METRIC_BASE_KL;
+}
+typedef enum esp_midway { ESP_MIDWAY_OWN, ESP_MIDWAY_SEEN, ESP_MIDWAY_ALL } esp_midway;
 
 typedef struct esp_eval_set {
   const char *name;
@@ -99,7 +105,10 @@ typedef struct esp_recipe {
     bool tf32;
   } parallel;
   struct {
-    int64_t every; /* steps; 0: only at task ends */
+    int64_t every;                    /* steps; 0: only at task ends */
+    int64_t dense_steps, dense_every; /* and every dense_every of the first dense_steps of each task; 0: not */
+    esp_midway midway;                /* which sets then */
+    int64_t samples;                  /* completions of this many rows of each set are kept at task ends */
     esp_eval_set *sets;
     int n_sets;
     int64_t batch_tokens; /* tokens per evaluation micro-batch */

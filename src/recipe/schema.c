@@ -299,8 +299,9 @@ static const esp_key set_keys[] = {
            "natural_instructions"),
      .help = "shape of a row; auto: judged from the first row's keys"},
     {"metric", ESP_T_ENUM, SET(metric), .flags = ESP_K_REQUIRED,
-     WORDS("perplexity", "choice", "exact_match", "rouge_l"),
-     .help = "choice: the most likely label; exact_match, rouge_l: of generated text"},
+     WORDS("perplexity", "choice", "exact_match", "rouge_l", "base_xent", "base_kl"),
+     .help = "choice: the most likely label; exact_match, rouge_l: of generated text; base_xent, base_kl: against the "
+             "base"},
     {"max_new_tokens", ESP_T_INT, SET(max_new_tokens), .def = "64", RANGE(1, 1048576), .help = "for generated text"},
     {"limit", ESP_T_INT, SET(limit), .def = "all", RANGE(1, BIG), .word = "all", .help = "only the first rows"},
     {"prompt_template", ESP_T_STRING, SET(source.prompt_template),
@@ -331,7 +332,15 @@ static const esp_object source_object = {"data source", "", source_keys, COUNT(s
 
 static const esp_key eval_keys[] = {
     {"every", ESP_T_INT, AT(eval.every), .def = "task", .flags = ESP_K_NOHASH, RANGE(1, BIG), .word = "task",
-     .aliases = "eval_steps", .help = "steps between evaluations of the task's own sets; task: at task ends only"},
+     .aliases = "eval_steps", .help = "steps between evaluations inside a task; task: at task ends only"},
+    {"midway", ESP_T_ENUM, AT(eval.midway), .def = "own", .flags = ESP_K_NOHASH, WORDS("own", "seen", "all"),
+     .help = "what is evaluated inside a task: its own sets, those of the tasks so far, or all"},
+    {"dense_steps", ESP_T_INT, AT(eval.dense_steps), .def = "0", .flags = ESP_K_NOHASH, RANGE(0, BIG),
+     .help = "the first steps of each task, in which is evaluated every dense_every: what happens at a task switch"},
+    {"dense_every", ESP_T_INT, AT(eval.dense_every), .def = "1", .flags = ESP_K_NOHASH, RANGE(1, BIG),
+     .help = "steps between evaluations in the first dense_steps of each task"},
+    {"samples", ESP_T_INT, AT(eval.samples), .def = "0", .flags = ESP_K_NOHASH, RANGE(0, 64),
+     .help = "completions of the first rows of each set that are kept before and after each task (samples/)"},
     {"batch_tokens", ESP_T_INT, AT(eval.batch_tokens), .def = "4096", .flags = ESP_K_NOHASH, RANGE(1, 16777216),
      .help = "tokens computed at once in evaluation"},
     {"sets", ESP_T_OBJECTS, LIST(eval.sets, eval.n_sets), .flags = ESP_K_COMMON, .object = &set_object,

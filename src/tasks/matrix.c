@@ -6,13 +6,12 @@
 
 #include "core/error.h"
 #include "core/mem.h"
-#include "io/file.h"
-#include "io/json.h"
 
 esp_status esp_matrix_create(int tasks, int sets, esp_matrix **out) {
   *out = NULL;
   esp_matrix *m = esp_mem_alloc(ESP_MEM_HOST, sizeof *m);
   if (!m) return ESP_ERR_MEMORY;
+  size_t cells = (size_t)(tasks + 1) * (size_t)sets;
   m->tasks = tasks;
   m->sets = sets;
   m->task_name = esp_mem_alloc(ESP_MEM_HOST, (size_t)tasks * ESP_MATRIX_NAME);
@@ -20,13 +19,15 @@ esp_status esp_matrix_create(int tasks, int sets, esp_matrix **out) {
   m->set_metric = esp_mem_alloc(ESP_MEM_HOST, (size_t)sets * ESP_MATRIX_NAME);
   m->smaller_better = esp_mem_alloc(ESP_MEM_HOST, (size_t)sets * sizeof(bool));
   m->column = esp_mem_alloc(ESP_MEM_HOST, (size_t)tasks * sizeof(int));
-  m->score = esp_mem_alloc(ESP_MEM_HOST, (size_t)(tasks + 1) * (size_t)sets * sizeof(double));
-  if (!m->task_name || !m->set_name || !m->set_metric || !m->smaller_better || !m->column || !m->score) {
+  m->score = esp_mem_alloc(ESP_MEM_HOST, cells * sizeof(double));
+  m->malformed = esp_mem_alloc(ESP_MEM_HOST, cells * sizeof(double));
+  if (!m->task_name || !m->set_name || !m->set_metric || !m->smaller_better || !m->column || !m->score ||
+      !m->malformed) {
     esp_matrix_destroy(m);
     return ESP_ERR_MEMORY;
   }
   for (int t = 0; t < tasks; t++) m->column[t] = -1;
-  for (int i = 0; i < (tasks + 1) * sets; i++) m->score[i] = NAN;
+  for (size_t i = 0; i < cells; i++) m->score[i] = m->malformed[i] = NAN;
   *out = m;
   return ESP_OK;
 }
@@ -39,217 +40,159 @@ void esp_matrix_destroy(esp_matrix *m) {
   esp_mem_free(m->smaller_better);
   esp_mem_free(m->column);
   esp_mem_free(m->score);
+  esp_mem_free(m->malformed);
   esp_mem_free(m);
 }
 
-/* The score of task t's own set in a row, larger better; NaN when the task has none. */
-static double own(const esp_matrix *m, int row, int task) {
+void esp_matrix_copy_cells(esp_matrix *to, const esp_matrix *from) {
+  size_t bytes = (size_t)(from->tasks + 1) * (size_t)from->sets * sizeof(double);
+  memcpy(to->score, from->score, bytes);
+  memcpy(to->malformed, from->malformed, bytes);
+}
+
+double esp_matrix_own(const esp_matrix *m, int row, int task) {
   int c = m->column[task];
   if (c < 0) return NAN;
   double v = *esp_matrix_cell(m, row, c);
   return m->smaller_better[c] ? -v : v;
 }
 
+bool esp_matrix_is_probe(const esp_matrix *m, int set) {
+  for (int t = 0; t < m->tasks; t++)
+    if (m->column[t] == set) return false;
+  return true;
+}
+
+/* max over rows 1..last; -inf where none was measured. */
+static double best(const esp_matrix *m, int last, int task) {
+  double v = -INFINITY;
+  for (int i = 1; i <= last; i++) v = esp_matrix_own(m, i, task) > v ? esp_matrix_own(m, i, task) : v;
+  return v;
+}
+
 void esp_matrix_summarise(const esp_matrix *m, esp_matrix_summary *out) {
   int T = m->tasks;
-  double acc = 0, bwt = 0, forgetting = 0, fwt = 0, least = INFINITY, learning = 0;
-  for (int t = 0; t < T; t++) {
-    double last = own(m, T, t), best = -INFINITY;
+  double acc = 0, bwt = 0, forgetting = 0, all = 0, fwt = 0, least = INFINITY, learning = 0;
+  double rows = 0, unseen = 0, anytime = 0, pairs = T * (T - 1) / 2.0;
+  for (int t = 0; t < T; t++) { /* row t + 1 is after task t */
+    double last = esp_matrix_own(m, T, t), learned = esp_matrix_own(m, t + 1, t);
     acc += last;
-    learning += own(m, t + 1, t);
+    learning += learned;
     if (!(last >= least)) least = last; /* NaN stays */
     if (t + 1 < T) {
-      bwt += last - own(m, t + 1, t);
-      for (int i = 1; i < T; i++) best = own(m, i, t) > best ? own(m, i, t) : best;
-      forgetting += best - last;
+      bwt += last - learned;
+      forgetting += best(m, T - 1, t) - last;
+      all += best(m, T, t) - last;
     }
-    if (t > 0) fwt += own(m, t, t) - own(m, 0, t);
+    if (t > 0) fwt += esp_matrix_own(m, t, t) - esp_matrix_own(m, 0, t);
+    for (int i = t + 2; i <= T; i++) rows += esp_matrix_own(m, i, t) - learned;
+    for (int i = 1; i <= t; i++) unseen += esp_matrix_own(m, i, t);
+    double seen = 0;
+    for (int k = 0; k <= t; k++) seen += esp_matrix_own(m, t + 1, k);
+    anytime += seen / (t + 1);
   }
   out->acc = T ? acc / T : NAN;
   out->learning_acc = T ? learning / T : NAN;
-  out->min_acc = T ? least : NAN;
+  out->anytime_acc = T ? anytime / T : NAN;
+  out->lowest = T ? least : NAN;
   out->bwt = T > 1 ? bwt / (T - 1) : NAN;
+  out->bwt_trace = T > 1 ? bwt / T : NAN;
+  out->bwt_rows = T > 1 ? rows / pairs : NAN;
   out->forgetting = T > 1 && isfinite(forgetting) ? forgetting / (T - 1) : NAN;
+  out->forgetting_all = T > 1 && isfinite(all) ? all / (T - 1) : NAN;
   out->fwt = T > 1 ? fwt / (T - 1) : NAN;
+  out->fwt_unseen = T > 1 ? unseen / pairs : NAN;
 }
 
-static void put_number(esp_strbuf *out, const char *name, double v) {
-  if (isnan(v))
-    esp_strbuf_printf(out, "%s -", name);
-  else
-    esp_strbuf_printf(out, "%s %.3f", name, v);
+/* ---- inside tasks ---- */
+
+static double turned(const esp_matrix *m, int task, double score) {
+  return m->smaller_better[m->column[task]] ? -score : score;
 }
 
-static bool is_own_column(const esp_matrix *m, int set) {
-  for (int t = 0; t < m->tasks; t++)
-    if (m->column[t] == set) return true;
-  return false;
+int64_t esp_matrix_points(const esp_matrix *m, int task, esp_score_point *at) {
+  int64_t n = 0;
+  for (int row = 0; row <= m->tasks && m->column[task] >= 0; row++) {
+    double v = *esp_matrix_cell(m, row, m->column[task]);
+    if (!isnan(v)) at[n++] = (esp_score_point){row ? row - 1 : 0, row, v};
+  }
+  return n;
 }
 
-void esp_matrix_render_text(const esp_matrix *m, bool formulas, esp_strbuf *out) {
-  int first = (int)strlen("after \\ on"), width = 8;
+/* Largest rise of sign * score within `window` steps, from the state in which the task begins; NaN without a pair. */
+static double largest_move(const esp_matrix *m, const esp_score_points *c, int task, double window, int sign) {
+  double most = NAN;
+  int64_t first = 0;
+  while (first < c->n && c->at[first].task < task) first++;
+  if (first > 0) first--; /* the end of the task before: what this one starts from */
+  for (int64_t i = first; i < c->n; i++)
+    for (int64_t k = i + 1; k < c->n && c->at[k].step - c->at[i].step <= window; k++) {
+      double move = sign * (turned(m, task, c->at[k].score) - turned(m, task, c->at[i].score));
+      if (!isnan(move) && !(move <= most)) most = move;
+    }
+  return most < 0 ? 0 : most;
+}
+
+/* min of A_t over the evaluations while tasks [from, to] were trained; NaN without one. */
+static double least_in(const esp_matrix *m, const esp_score_points *c, int task, int from, int to) {
+  double least = NAN;
+  for (int64_t i = 0; i < c->n; i++)
+    if (c->at[i].task >= from && c->at[i].task <= to && !(turned(m, task, c->at[i].score) >= least))
+      least = turned(m, task, c->at[i].score);
+  return least;
+}
+
+static double lesser(double a, double b) {
+  return isnan(a) || isnan(b) ? NAN : a < b ? a : b;
+}
+
+void esp_curve_summarise(const esp_matrix *m, const esp_score_points *curves, double window, esp_curve_summary *out) {
+  int T = m->tasks;
+  double min_acc = 0, wf = 0, wp = 0, gap = 0;
+  *out = (esp_curve_summary){NAN, NAN, NAN, NAN, NAN, 0};
+  for (int t = 0; t < T; t++)
+    if (m->column[t] < 0) return;
+  for (int t = 0; t < T; t++) {
+    const esp_score_points *c = &curves[t];
+    if (t + 1 < T) min_acc += least_in(m, c, t, t + 1, T - 1);
+    wf += largest_move(m, c, t, window, -1);
+    wp += largest_move(m, c, t, window, 1);
+    for (int i = t + 1; i < T; i++) { /* row i is the state before task i, row i + 1 after it */
+      double ends = lesser(esp_matrix_own(m, i, t), esp_matrix_own(m, i + 1, t));
+      gap += ends - lesser(ends, least_in(m, c, t, i, i));
+    }
+    for (int64_t i = 0; i < c->n; i++) out->inside += i + 1 < c->n && c->at[i].task == c->at[i + 1].task;
+    out->inside -= c->n > 1 && c->at[0].step == 0 && c->at[1].task == 0; /* row 0 */
+  }
+  if (T == 0) return;
+  out->wf = wf / T;
+  out->wp = wp / T;
+  if (T < 2) return;
+  out->min_acc = min_acc / (T - 1);
+  out->wc_acc = esp_matrix_own(m, T, T - 1) / T + (1 - 1.0 / T) * out->min_acc;
+  out->gap = gap / (T * (T - 1) / 2.0);
+}
+
+/* ---- against other runs ---- */
+
+static double reference(const esp_matrix *m, int task, const esp_matrix *const *others, int n) {
+  const char *name = m->set_name[m->column[task]];
+  double found = NAN;
+  for (int pass = 0; pass < 2 && isnan(found); pass++) /* first where it is a task's own set */
+    for (int o = 0; o < n && isnan(found); o++)
+      for (int s = 0; s < others[o]->sets && isnan(found); s++)
+        if (!strcmp(others[o]->set_name[s], name) && (pass || !esp_matrix_is_probe(others[o], s)))
+          found = *esp_matrix_cell(others[o], others[o]->tasks, s);
+  return turned(m, task, found);
+}
+
+void esp_reference_summarise(const esp_matrix *m, const esp_matrix *const *others, int n, esp_reference_summary *out) {
+  double learning = 0, last = 0;
   for (int t = 0; t < m->tasks; t++) {
-    int n = (int)strlen(m->task_name[t]) + 4;
-    first = n > first ? n : first;
+    double s = m->column[t] >= 0 ? reference(m, t, others, n) : NAN;
+    learning += esp_matrix_own(m, t + 1, t) - s;
+    last += esp_matrix_own(m, m->tasks, t) - s;
   }
-  for (int s = 0; s < m->sets; s++) width = (int)strlen(m->set_name[s]) > width ? (int)strlen(m->set_name[s]) : width;
-  esp_strbuf_printf(out, "%-*s", first, "after \\ on");
-  for (int s = 0; s < m->sets; s++)
-    esp_strbuf_printf(out, " %s%*s", is_own_column(m, s) ? "" : "| ", width, m->set_name[s]);
-  esp_strbuf_putc(out, '\n');
-  for (int row = 0; row <= m->tasks; row++) {
-    bool any = false;
-    for (int s = 0; s < m->sets; s++) any |= !isnan(*esp_matrix_cell(m, row, s));
-    if (!any) continue;
-    char name[ESP_MATRIX_NAME + 16];
-    if (row == 0)
-      snprintf(name, sizeof name, "base");
-    else
-      snprintf(name, sizeof name, "%d %s", row, m->task_name[row - 1]);
-    esp_strbuf_printf(out, "%-*s", first, name);
-    for (int s = 0; s < m->sets; s++) {
-      double v = *esp_matrix_cell(m, row, s);
-      esp_strbuf_puts(out, is_own_column(m, s) ? " " : " | ");
-      if (isnan(v))
-        esp_strbuf_printf(out, "%*s", width, "-");
-      else
-        esp_strbuf_printf(out, "%*.3f", width, v);
-    }
-    esp_strbuf_putc(out, '\n');
-  }
-  esp_matrix_summary x;
-  esp_matrix_summarise(m, &x);
-  put_number(out, "ACC", x.acc);
-  put_number(out, "   BWT", x.bwt);
-  put_number(out, "   FWT", x.fwt);
-  put_number(out, "   forgetting", x.forgetting);
-  put_number(out, "   learning", x.learning_acc);
-  put_number(out, "   min-ACC", x.min_acc);
-  esp_strbuf_putc(out, '\n');
-  if (!formulas) return;
-  esp_strbuf_puts(
-      out, "R[i][j]: score on set j after task i (row 0: base); c(t): task t's own set; T tasks\n"
-           "ACC = 1/T sum_t R[T][c(t)]            learning = 1/T sum_t R[t][c(t)]      min-ACC = min_t R[T][c(t)]\n"
-           "BWT = 1/(T-1) sum_{t<T} (R[T][c(t)] - R[t][c(t)])\n"
-           "FWT = 1/(T-1) sum_{t>1} (R[t-1][c(t)] - R[0][c(t)])\n"
-           "forgetting = 1/(T-1) sum_{t<T} (max_{1<=i<T} R[i][c(t)] - R[T][c(t)])\n");
-  for (int s = 0; s < m->sets; s++)
-    esp_strbuf_printf(out, "%s: %s%s%s\n", m->set_name[s], m->set_metric[s],
-                      m->smaller_better[s] ? " (smaller is better: enters the formulas with its sign turned)" : "",
-                      is_own_column(m, s) ? "" : " (probe: in no formula)");
-}
-
-static void json_number(esp_strbuf *out, double v) {
-  if (isfinite(v))
-    esp_strbuf_printf(out, "%.17g", v);
-  else
-    esp_strbuf_puts(out, "null");
-}
-
-void esp_matrix_render_json(const esp_matrix *m, esp_strbuf *out) {
-  esp_strbuf_puts(out, "{\n  \"tasks\": [");
-  for (int t = 0; t < m->tasks; t++) {
-    esp_strbuf_puts(out, t ? ", " : "");
-    esp_strbuf_puts(out, "{\"name\": ");
-    esp_strbuf_json(out, m->task_name[t], strlen(m->task_name[t]));
-    esp_strbuf_printf(out, ", \"column\": %d}", m->column[t]);
-  }
-  esp_strbuf_puts(out, "],\n  \"sets\": [");
-  for (int s = 0; s < m->sets; s++) {
-    esp_strbuf_puts(out, s ? ", " : "");
-    esp_strbuf_puts(out, "{\"name\": ");
-    esp_strbuf_json(out, m->set_name[s], strlen(m->set_name[s]));
-    esp_strbuf_puts(out, ", \"metric\": ");
-    esp_strbuf_json(out, m->set_metric[s], strlen(m->set_metric[s]));
-    esp_strbuf_printf(out, ", \"smaller_better\": %s}", m->smaller_better[s] ? "true" : "false");
-  }
-  esp_strbuf_puts(out, "],\n  \"rows\": [");
-  for (int row = 0; row <= m->tasks; row++) {
-    esp_strbuf_puts(out, row ? ",\n    [" : "\n    [");
-    for (int s = 0; s < m->sets; s++) {
-      esp_strbuf_puts(out, s ? ", " : "");
-      json_number(out, *esp_matrix_cell(m, row, s));
-    }
-    esp_strbuf_putc(out, ']');
-  }
-  esp_matrix_summary x;
-  esp_matrix_summarise(m, &x);
-  const char *names[] = {"acc", "bwt", "fwt", "forgetting", "learning_acc", "min_acc"};
-  double values[] = {x.acc, x.bwt, x.fwt, x.forgetting, x.learning_acc, x.min_acc};
-  esp_strbuf_puts(out, "\n  ]");
-  for (int i = 0; i < 6; i++) {
-    esp_strbuf_printf(out, ",\n  \"%s\": ", names[i]);
-    json_number(out, values[i]);
-  }
-  esp_strbuf_puts(out, "\n}\n");
-}
-
-esp_status esp_matrix_save(const esp_matrix *m, const char *path) {
-  esp_strbuf b;
-  esp_strbuf_init(&b);
-  esp_matrix_render_json(m, &b);
-  esp_status st = b.failed ? ESP_ERR_MEMORY : esp_file_write_atomic(path, b.data, b.len);
-  esp_strbuf_deinit(&b);
-  return st;
-}
-
-static void copy_name(char *dst, const char *src) {
-  snprintf(dst, ESP_MATRIX_NAME, "%s", src);
-}
-
-static esp_status read_columns(const char *path, json_t *tasks, json_t *sets, esp_matrix *m) {
-  for (int t = 0; t < m->tasks; t++) {
-    const char *name;
-    int64_t column;
-    ESP_TRY(esp_json_str(json_array_get(tasks, (size_t)t), "name", path, 1, &name));
-    ESP_TRY(esp_json_i64(json_array_get(tasks, (size_t)t), "column", path, 1, &column));
-    if (column < -1 || column >= m->sets) return esp_fail(ESP_ERR_DATA, "%s: task %d has no such column", path, t);
-    copy_name(m->task_name[t], name);
-    m->column[t] = (int)column;
-  }
-  for (int s = 0; s < m->sets; s++) {
-    const char *name, *metric;
-    int smaller;
-    ESP_TRY(esp_json_str(json_array_get(sets, (size_t)s), "name", path, 1, &name));
-    ESP_TRY(esp_json_str(json_array_get(sets, (size_t)s), "metric", path, 1, &metric));
-    ESP_TRY(esp_json_bool(json_array_get(sets, (size_t)s), "smaller_better", path, 1, &smaller));
-    copy_name(m->set_name[s], name);
-    copy_name(m->set_metric[s], metric);
-    m->smaller_better[s] = smaller != 0;
-  }
-  return ESP_OK;
-}
-
-esp_status esp_matrix_load(const char *path, esp_matrix **out) {
-  esp_status st;
-  json_t *j = NULL;
-  esp_matrix *m = NULL;
-  *out = NULL;
-  ESP_GOTO(esp_json_load(path, &j));
-  json_t *tasks = json_object_get(j, "tasks"), *sets = json_object_get(j, "sets"), *rows = json_object_get(j, "rows");
-  if (!json_is_array(tasks) || !json_is_array(sets) || !json_is_array(rows) ||
-      json_array_size(rows) != json_array_size(tasks) + 1 || json_array_size(tasks) > 100000 ||
-      json_array_size(sets) > 100000) {
-    st = esp_fail(ESP_ERR_DATA, "%s: not a score matrix (tasks, sets and tasks+1 rows expected)", path);
-    goto out;
-  }
-  ESP_GOTO(esp_matrix_create((int)json_array_size(tasks), (int)json_array_size(sets), &m));
-  ESP_GOTO(read_columns(path, tasks, sets, m));
-  for (int row = 0; row <= m->tasks; row++) {
-    json_t *r = json_array_get(rows, (size_t)row);
-    if (!json_is_array(r) || (int)json_array_size(r) != m->sets) {
-      st = esp_fail(ESP_ERR_DATA, "%s: row %d must have %d cells", path, row, m->sets);
-      goto out;
-    }
-    for (int s = 0; s < m->sets; s++) {
-      json_t *v = json_array_get(r, (size_t)s);
-      if (json_is_number(v)) *esp_matrix_cell(m, row, s) = json_number_value(v);
-    }
-  }
-  *out = m;
-  m = NULL;
-out:
-  esp_matrix_destroy(m);
-  json_decref(j);
-  return st;
+  out->learning_gap = m->tasks ? learning / m->tasks : NAN;
+  out->final_gap = m->tasks ? last / m->tasks : NAN;
 }

@@ -46,7 +46,7 @@ static esp_status copy_matrix(esp_background *b, const esp_matrix *m) {
   memcpy(b->matrix->set_metric, m->set_metric, sets * sizeof *m->set_metric);
   memcpy(b->matrix->smaller_better, m->smaller_better, sets * sizeof *m->smaller_better);
   memcpy(b->matrix->column, m->column, tasks * sizeof *m->column);
-  memcpy(b->matrix->score, m->score, (tasks + 1) * sets * sizeof *m->score);
+  esp_matrix_copy_cells(b->matrix, m);
   return ESP_OK;
 }
 

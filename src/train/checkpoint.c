@@ -463,7 +463,7 @@ static esp_status read_matrix(const char *dir, esp_matrix *matrix) {
     st = esp_fail(ESP_ERR_DATA, "%s: %d x %d scores, this run has %d x %d", file, saved->tasks, saved->sets,
                   matrix->tasks, matrix->sets);
   else
-    memcpy(matrix->score, saved->score, (size_t)((saved->tasks + 1) * saved->sets) * sizeof(double));
+    esp_matrix_copy_cells(matrix, saved);
   esp_matrix_destroy(saved);
   return st;
 }

@@ -247,7 +247,7 @@ static esp_status task_steps_loop(esp_loop *l, int task) {
     bool stop = false;
     ESP_GOTO(one_step(l, t, packs, epoch_steps, steps, &stop));
     bool ends = at->task_step >= steps;
-    if (!ends && l->r->eval.every > 0 && at->task_step % l->r->eval.every == 0) {
+    if (!ends && esp_loop_midway_due(l)) {
       ESP_GOTO(esp_strategies_deploy(&l->engine.strategies, &l->engine.sequence, true));
       ESP_GOTO(esp_loop_midway(l, t));
       ESP_GOTO(esp_strategies_deploy(&l->engine.strategies, &l->engine.sequence, false));

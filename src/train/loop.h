@@ -47,11 +47,12 @@ esp_status esp_rundir_prepare(const esp_recipe *r, esp_comm *comm, bool resume, 
 esp_status esp_rundir_base(const esp_loop *l, char out[ESP_PATH]); /* of the present task */
 
 /* evaluate.c */
-/* Set `i`; events and metrics; the value. Collective. */
-esp_status esp_loop_score(esp_loop *l, int i, double *value);
+/* Set `i`; events and metrics. Collective. */
+esp_status esp_loop_score(esp_loop *l, int i, esp_score_result *out);
 /* All sets into a row of the matrix. */
 esp_status esp_loop_matrix_row(esp_loop *l, int row);
-/* In the middle of a task: its own sets, and the best adapter so far. */
+/* In the middle of a task: whether it is time; the sets of eval.midway, and the best adapter so far. */
+bool esp_loop_midway_due(const esp_loop *l);
 esp_status esp_loop_midway(esp_loop *l, const esp_recipe_task *t);
 /* The same at a task's end, from the row just measured. */
 esp_status esp_loop_best_of_row(esp_loop *l, int row);

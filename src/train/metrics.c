@@ -128,6 +128,7 @@ esp_status esp_metrics_eval(esp_metrics *m, const esp_event *e) {
     esp_strbuf_puts(&b, ",\"metric\":");
     esp_strbuf_json(&b, e->metric, strlen(e->metric));
     number(&b, "score", e->score);
+    if (e->has_malformed) number(&b, "malformed", e->malformed);
     esp_strbuf_printf(&b, ",\"step\":%lld,\"task\":", (long long)e->step);
     esp_strbuf_json(&b, e->task, strlen(e->task));
     ESP_TRY(line(m, &b));
@@ -136,6 +137,8 @@ esp_status esp_metrics_eval(esp_metrics *m, const esp_event *e) {
   char name[65];
   snprintf(name, sizeof name, "eval/%.58s", e->set);
   ESP_TRY(scalar(m, e->step, name, e->score));
+  snprintf(name, sizeof name, "malformed/%.50s", e->set);
+  if (e->has_malformed) ESP_TRY(scalar(m, e->step, name, e->malformed));
   return flush_events(m);
 }
 

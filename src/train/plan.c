@@ -70,9 +70,9 @@ static esp_status evaluations(esp_engine *e, const esp_train_data *d, const esp_
   for (int i = 0; hooks && hooks->score && i < r->eval.n_sets; i++) {
     /* One rank's share is what one rank needs: the counting engine is alone, so it counts the whole set. */
     esp_score_request q = {e->model, d->tok, d->eval[i], &e->stack, &r->eval.sets[i], r->eval.batch_tokens, e->comm};
-    double value;
-    int64_t samples;
-    ESP_TRY(hooks->score(hooks->ctx, &q, &value, &samples));
+    esp_score_result result;
+    ESP_TRY(hooks->score(hooks->ctx, &q, &result));
+    if (r->eval.samples > 0) ESP_TRY(hooks->samples(hooks->ctx, &q, r->eval.samples, NULL));
   }
   return ESP_OK;
 }

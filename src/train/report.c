@@ -112,7 +112,7 @@ void esp_loop_result(const esp_loop *l, esp_run_result *out) {
   esp_matrix_summary m;
   esp_matrix_summarise(l->matrix, &m);
   out->has_matrix = 1;
-  out->acc = m.acc, out->bwt = m.bwt, out->fwt = m.fwt, out->forgetting = m.forgetting, out->min_acc = m.min_acc;
+  out->acc = m.acc, out->bwt = m.bwt, out->fwt = m.fwt, out->forgetting = m.forgetting, out->lowest = m.lowest;
 }
 
 static json_t *real(double v) {
@@ -137,7 +137,7 @@ esp_status esp_loop_save_result(const esp_loop *l, const esp_run_result *r) {
   if (r->has_matrix)
     json_object_set_new(j, "scores",
                         json_pack("{s:o,s:o,s:o,s:o,s:o}", "acc", real(r->acc), "bwt", real(r->bwt), "fwt",
-                                  real(r->fwt), "forgetting", real(r->forgetting), "min_acc", real(r->min_acc)));
+                                  real(r->fwt), "forgetting", real(r->forgetting), "lowest", real(r->lowest)));
   esp_path_join(path, sizeof path, l->r->checkpoint.output_dir, "result.json");
   esp_status st = esp_json_save(path, j, 0);
   json_decref(j);

@@ -1,5 +1,5 @@
 /* rundir.c: the run directory: recipe.yaml (resolved), metrics.jsonl, adapters/<task>, bases/<task>, checkpoints/,
- * matrix.json, best/adapter, run.log, result.json. */
+ * matrix.json, samples/<row>.json, best/adapter, run.log, result.json. */
 #include <stdio.h>
 #include <string.h>
 
@@ -17,7 +17,7 @@ static bool holds_run(const char *dir) {
 static esp_status remove_run(const char *dir) {
   static const char *const files[] = {"recipe.yaml", "metrics.jsonl", "events.out.tfevents.0.espalier",
                                       "matrix.json", "result.json",   "run.log"};
-  static const char *const folders[] = {"checkpoints", "adapters", "bases", "best"};
+  static const char *const folders[] = {"checkpoints", "adapters", "bases", "best", "samples"};
   char path[ESP_PATH];
   for (size_t i = 0; i < sizeof folders / sizeof *folders; i++)
     if (esp_dir_exists(esp_path_join(path, sizeof path, dir, folders[i]))) ESP_TRY(esp_remove_tree(path));

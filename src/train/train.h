@@ -24,10 +24,19 @@ typedef struct esp_score_request {
   esp_comm *comm;
 } esp_score_request;
 
+typedef struct esp_score_result {
+  double value;
+  double malformed; /* share of answers that are none of the labels; NaN: not asked of this set */
+  int64_t samples;
+} esp_score_result;
+
 typedef struct esp_train_hooks {
   void *ctx;
   /* Collective over the ranks of the request's communicator. NULL: no evaluation. */
-  esp_status (*score)(void *ctx, const esp_score_request *q, double *value, int64_t *samples);
+  esp_status (*score)(void *ctx, const esp_score_request *q, esp_score_result *out);
+  /* Greedy completions of the first n rows of a set as JSON objects with commas between them; nothing for a set whose
+   * rows are no prompts. On this rank alone. */
+  esp_status (*samples)(void *ctx, const esp_score_request *q, int64_t n, esp_strbuf *out);
   const char *(*metric_name)(esp_metric metric);
   bool (*smaller_better)(esp_metric metric);
   /* See esp_sequence.generate. NULL: strategies that need it are refused. */

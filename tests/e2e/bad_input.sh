@@ -347,6 +347,12 @@ bad "plan does not fit" 4 "memory.limit is 4096" $no plan r.yaml memory.limit=4K
 bad "resume where no run is" 3 "empty.*" $no resume empty
 bad "matrix where no run is" 3 "empty.*" $no matrix empty
 bad "report where no run is" 3 "empty.*" $no report empty
+bad "matrix with a form of BWT that is none" 2 "'saptt' is not a form of BWT" $no matrix run --bwt saptt
+bad "matrix against a run that is none" 3 "empty.*no score matrix" $no matrix run --reference empty
+bad "distance from a base that merging changes" 2 "r.yaml:7:.*metric: compares with the base, which continual.policy merge_then_new" "edit 's/metric: perplexity/metric: base_kl/' r.yaml; printf '  - {name: b, data: [{path: b.jsonl}]}\n' >more; edit '/eval: a\$/r more' r.yaml; rm more" run r.yaml continual.policy=merge_then_new
+bad "distance from a base that the start rewrites" 2 "metric: compares with the base, which adapter.init pissa changes" "edit 's/metric: perplexity/metric: base_xent/' r.yaml" run r.yaml adapter.init=pissa
+bad "distance from a base that is trained" 2 "evaluation set 'a': adapter .* trains .* in full" "edit 's/metric: perplexity/metric: base_kl/' r.yaml" run r.yaml 'adapter.modules_to_save=[model.norm]'
+bad "evaluation of sets that are none" 2 "eval.midway: 'some' is not one of own, seen, all" $no run r.yaml eval.midway=some
 bad "sweep without a folder" 2 "--out DIR is missing" $no sweep r.yaml
 bad "sweep over a key that is none" 2 "unknown key 'rr'" $no sweep r.yaml --out out --set 'adapter.rr=1|2'
 bad "sweep over a value that is none" 2 "--set: expected KEY=VALUE, got 'a'" $no sweep r.yaml --out out --set 'a|b'

@@ -197,7 +197,7 @@ static void test_files(void **state) {
   assert_int_equal(r.steps, 3);
   snprintf(path, sizeof path, "%s/report.html", run);
   assert_true(esp_file_exists(path));
-  ok(esp_run_matrix(run, 0, &text));
+  ok(esp_run_matrix(run, NULL, &text));
   has(text, "ACC");
   esp_free(text);
   static const char *const places[] = {"", "/adapters/a", "/checkpoints/checkpoint-00000003-task1", "/merged",

@@ -1,7 +1,8 @@
 /* Scores and generation of a tiny model against brute force: every number from one sequence at a time and full logits.
  * Perplexity and choice do not depend on the batch or on how samples are dealt to ranks; greedy text equals the argmax
  * of full forwards; a sampled draw does not depend on its neighbours; top-k 1 is greedy. Mutation it caught: the weight
- * of the first label token taken from i >= n0 instead of i + 1 >= n0 in batcher_add. */
+ * of the first label token taken from i >= n0 instead of i + 1 >= n0 in batcher_add; the entropy left out of base_kl.
+ */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -11,9 +12,11 @@
 
 #include <cmocka.h>
 
+#include "adapters/adapter.h"
 #include "backend_env.h"
 #include "eval/generate.h"
 #include "eval/score.h"
+#include "io/json.h"
 #include "tiny.h"
 
 #define OK(expr)                                                                                                       \
@@ -98,6 +101,8 @@ static double brute(const int32_t *ids, int64_t n, int64_t from) {
   return sum;
 }
 
+static double labelled, malformed; /* of the last run */
+
 static double run(const esp_dataset *d, esp_metric metric, int64_t batch, int64_t limit, int ranks, double *samples) {
   esp_score_sums all = {0}, part;
   for (int r = 0; r < ranks; r++) {
@@ -107,8 +112,12 @@ static double run(const esp_dataset *d, esp_metric metric, int64_t batch, int64_
     all.num += part.num;
     all.den += part.den;
     all.samples += part.samples;
+    all.labelled += part.labelled;
+    all.malformed += part.malformed;
   }
   if (samples) *samples = all.samples;
+  labelled = all.labelled;
+  malformed = all.malformed;
   return esp_score_value(metric, &all);
 }
 
@@ -184,6 +193,136 @@ static void generated_scores_do_not_depend_on_the_batch(void **state) {
   double alone = run(d, ESP_METRIC_ROUGE_L, 1, 0, 1, NULL), samples;
   assert_true(run(d, ESP_METRIC_ROUGE_L, 4096, 0, 3, &samples) == alone && samples == 12);
   assert_true(run(d, ESP_METRIC_EXACT_MATCH, 4096, 0, 1, NULL) == run(d, ESP_METRIC_EXACT_MATCH, 1, 0, 1, NULL));
+  esp_dataset_destroy(d);
+}
+
+/* An answer that is wrong is told from one that is no label at all. What the tiny model says is no colour; then its own
+ * answers are made the labels, some of other rows. */
+static void malformed_is_apart_from_wrong(void **state) {
+  (void)state;
+  esp_dataset *d = data_of("class.jsonl", ESP_FMT_CLASSIFICATION);
+  double right = run(d, ESP_METRIC_EXACT_MATCH, 4096, 0, 2, NULL);
+  assert_true(labelled == 30 && malformed == 30 && right == 0);
+  esp_dataset_destroy(d);
+  d = data_of("a.test.jsonl", ESP_FMT_PROMPT_COMPLETION);
+  run(d, ESP_METRIC_EXACT_MATCH, 4096, 0, 1, NULL);
+  assert_true(labelled == 0);
+  esp_dataset_destroy(d);
+  /* The model's own answers become labels: row i is labelled with the answer to row (i + i % 2) % n. */
+  esp_strbuf samples, b;
+  esp_strbuf_init(&samples);
+  esp_strbuf_init(&b);
+  d = data_of("class.jsonl", ESP_FMT_CLASSIFICATION);
+  esp_score_cfg cfg = {
+      .metric = ESP_METRIC_EXACT_MATCH, .limit = 12, .max_new_tokens = 6, .batch_tokens = 100, .size = 1};
+  OK(esp_score_samples(model, tok, d, &stack, &cfg, "set", &samples));
+  esp_dataset_destroy(d);
+  json_t *all;
+  esp_strbuf_printf(&b, "[%s]", samples.data);
+  OK(esp_json_parse(b.data, b.len, "samples", &all));
+  int n = (int)json_array_size(all), apart = 0, none = 0;
+  assert_int_equal(n, 12);
+  b.len = 0;
+  for (int i = 0; i < n; i++) {
+    const char *mine = json_string_value(json_object_get(json_array_get(all, (size_t)i), "answer"));
+    const char *given = json_string_value(json_object_get(json_array_get(all, (size_t)((i + i % 2) % n)), "answer"));
+    char want[32];
+    snprintf(want, sizeof want, "thing %d", i * 37 % 100);
+    assert_non_null(strstr(json_string_value(json_object_get(json_array_get(all, (size_t)i), "prompt")), want));
+    apart += !esp_exact_match(mine, given);
+    bool label = false; /* of some row, all of which are even */
+    for (int k = 0; k < n; k += 2)
+      label |= esp_exact_match(mine, json_string_value(json_object_get(json_array_get(all, (size_t)k), "answer")));
+    none += !label;
+    json_t *row = json_pack("{s:s,s:s}", "text", want, "label", given);
+    char *line = json_dumps(row, 0);
+    esp_strbuf_printf(&b, "%s\n", line);
+    free(line);
+    json_decref(row);
+  }
+  OK(tiny_write(root, "own.jsonl", b.data));
+  json_decref(all);
+  esp_strbuf_deinit(&samples);
+  esp_strbuf_deinit(&b);
+  d = data_of("own.jsonl", ESP_FMT_CLASSIFICATION);
+  right = run(d, ESP_METRIC_EXACT_MATCH, 4096, 0, 1, NULL);
+  assert_true(labelled == 12 && malformed == none && none > 0 && none < apart);
+  assert_true(fabs(right - (12.0 - apart) / 12) < 1e-12 && apart > 0 && apart < 12);
+  esp_dataset_destroy(d);
+}
+
+/* Logits of a sequence, fp64 log-softmax. */
+static void log_probs(const int32_t *ids, int64_t n, double *out) {
+  int32_t positions[256], targets[256] = {0}, rows[256] = {0}, cu[2] = {0, (int32_t)n};
+  float weights[256] = {0};
+  static float logits[256 * TINY_VOCAB];
+  for (int i = 0; i < n; i++) positions[i] = rows[i] = i;
+  esp_batch b = {.tokens = n,
+                 .ids = ids,
+                 .targets = targets,
+                 .positions = positions,
+                 .weights = weights,
+                 .cu_seqlens = cu,
+                 .n_seqs = 1};
+  OK(esp_model_logits(model, &stack, &b, rows, (int)n, logits));
+  for (int64_t i = 0; i < n; i++) {
+    double z = 0;
+    for (int v = 0; v < TINY_VOCAB; v++) z += exp((double)logits[i * TINY_VOCAB + v]);
+    for (int v = 0; v < TINY_VOCAB; v++) out[i * TINY_VOCAB + v] = logits[i * TINY_VOCAB + v] - log(z);
+  }
+}
+
+static void divergence_is_brute_force(void **state) {
+  (void)state;
+  enum { MOST = 64 };
+  esp_dataset *d = data_of("a.test.jsonl", ESP_FMT_PROMPT_COMPLETION);
+  static double base[12][MOST * TINY_VOCAB], adapted[MOST * TINY_VOCAB];
+  const int32_t *ids;
+  const float *w;
+  int64_t n;
+  double entropy = run(d, ESP_METRIC_BASE_XENT, 100, 0, 1, NULL); /* no adapter: H(p, p) = H(p) */
+  assert_true(entropy > 0 && fabs(run(d, ESP_METRIC_BASE_KL, 100, 0, 1, NULL)) < 1e-12);
+  for (int64_t i = 0; i < 12; i++) {
+    esp_dataset_sample(d, i, &ids, &w, &n);
+    assert_true(n <= MOST);
+    log_probs(ids, n, base[i]);
+  }
+  esp_adapter *a;
+  esp_adapter_cfg cfg = {.type = "lora",
+                         .r = 4,
+                         .alpha = 8,
+                         .init = "default",
+                         .bias = "none",
+                         .target = (const char *const[]){"q_proj", "up_proj"},
+                         .n_target = 2,
+                         .seed = 5};
+  OK(esp_adapter_create(model, &cfg, "default", true, &a));
+  for (int i = 0; i < a->params->count; i++) { /* B is zero at first */
+    esp_param *p = &a->params->list[i];
+    float values[4096];
+    int64_t count = p->numel;
+    assert_true(count <= 4096);
+    for (int64_t k = 0; k < count; k++) values[k] = 0.3f * sinf((float)(k * 7 + i));
+    esp_params_set(a->params, i, values);
+  }
+  OK(esp_adapters_activate(model, &a, 1));
+  double xent = 0, kl = 0, den = 0;
+  for (int64_t i = 0; i < 12; i++) {
+    esp_dataset_sample(d, i, &ids, &w, &n);
+    log_probs(ids, n, adapted);
+    for (int64_t t = esp_dataset_prompt_len(d, i); t < n; t++, den++)
+      for (int v = 0; v < TINY_VOCAB; v++) {
+        double p = base[i][(t - 1) * TINY_VOCAB + v], q = adapted[(t - 1) * TINY_VOCAB + v];
+        xent -= exp(p) * q;
+        kl += exp(p) * (p - q);
+      }
+  }
+  assert_true(kl / den > 1e-3);
+  assert_true(fabs(run(d, ESP_METRIC_BASE_XENT, 1, 0, 1, NULL) - xent / den) < 1e-5);
+  assert_true(fabs(run(d, ESP_METRIC_BASE_KL, 4096, 0, 3, NULL) - kl / den) < 1e-5);
+  assert_true(fabs(xent / den - kl / den - entropy) < 1e-5);
+  OK(esp_adapters_activate(model, NULL, 0));
+  esp_adapter_destroy(a);
   esp_dataset_destroy(d);
 }
 
@@ -281,6 +420,8 @@ int main(void) {
       cmocka_unit_test(choice_is_brute_force),
       cmocka_unit_test(choice_needs_labels),
       cmocka_unit_test(generated_scores_do_not_depend_on_the_batch),
+      cmocka_unit_test(malformed_is_apart_from_wrong),
+      cmocka_unit_test(divergence_is_brute_force),
       cmocka_unit_test(greedy_is_the_argmax_of_full_forwards),
       cmocka_unit_test(draws_are_their_rows_own),
       cmocka_unit_test(too_long_is_refused),

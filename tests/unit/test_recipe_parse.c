@@ -87,9 +87,9 @@ static const struct {
      "r.yaml:3:34: checkpoint.keep_best.metric: 'los' is neither loss nor an evaluation set (did you mean 'loss'?)"},
     {"eval: {sets: [{name: a, path: p, metric: choice}, {name: a, path: p, metric: choice}]}",
      "r.yaml:3:58: eval.sets[1].name: 'a' is already the name of eval.sets[0]"},
-    {"eval: {sets: [{name: a, path: p}]}", "r.yaml:3:15: missing key 'eval.sets[0].metric' (choice: the most likely "
-                                           "label; exact_match, rouge_l: of generated "
-                                           "text)"},
+    {"eval: {sets: [{name: a, path: p}]}",
+     "r.yaml:3:15: missing key 'eval.sets[0].metric' (choice: the most likely "
+     "label; exact_match, rouge_l: of generated text; base_xent, base_kl: against the base)"},
     {"after: [{merg: {}}]", "r.yaml:3:10: unknown key 'merg' in after[0] (did you mean 'merge'?)"},
     {"continual: {method: replay}", "r.yaml:3:13: unknown key 'method' in continual"},
     {"parallel: {shard: 3}", "r.yaml:3:12: unknown key 'shard' in parallel"},

@@ -1,0 +1,117 @@
+/* score_base.c: how far the adapted predictions are from the base's, on the same model with adapters off: two forward
+ * passes per batch, no second model, no reference answers. After the general-ability measurements by divergence from
+ * the base that continual fine-tuning work uses where old data is not there. */
+#include <math.h>
+
+#include "core/threads.h"
+#include "eval/score_priv.h"
+
+/* Logits of so many values at once, for each of the two: 16 MiB. */
+enum { MAX_LOGITS = 4 << 20 };
+
+typedef struct rows {          /* positions of one batch whose next token is trained, as many as have room */
+  const float *adapted, *base; /* [n, vocab] */
+  int64_t vocab;
+  double *xent, *entropy; /* [n] */
+} rows;
+
+static double log_sum(const float *z, int64_t n, float *most) {
+  double sum = 0;
+  *most = z[0];
+  for (int64_t v = 1; v < n; v++) *most = z[v] > *most ? z[v] : *most;
+  for (int64_t v = 0; v < n; v++) sum += exp((double)z[v] - *most);
+  return *most + log(sum);
+}
+
+static void one_row(void *ctx, int64_t i, int thread) {
+  const rows *r = ctx;
+  const float *q = r->adapted + i * r->vocab, *p = r->base + i * r->vocab;
+  float most;
+  double lp = log_sum(p, r->vocab, &most), lq = log_sum(q, r->vocab, &most), xent = 0, entropy = 0;
+  for (int64_t v = 0; v < r->vocab; v++) {
+    double share = exp(p[v] - lp);
+    xent += share * (lq - q[v]);
+    entropy += share * (lp - p[v]);
+  }
+  r->xent[i] = xent;
+  r->entropy[i] = entropy;
+}
+
+typedef struct scratch {
+  float *logits[2];
+  double *sums;
+  int32_t *index, *off;
+  int64_t cap;
+} scratch;
+
+static esp_status score_batch(esp_model *m, esp_stack *stack, const esp_batcher *b, const scratch *s, bool kl,
+                              esp_score_sums *out) {
+  bool counting = esp_backend_counts(esp_model_backend(m));
+  esp_batch batch = {.tokens = b->tokens,
+                     .ids = b->ids,
+                     .targets = b->targets,
+                     .positions = b->positions,
+                     .weights = b->weights,
+                     .cu_seqlens = b->cu,
+                     .n_seqs = b->seqs};
+  rows r = {s->logits[0], s->logits[1], esp_model_describe(m)->vocab, s->sums, s->sums + s->cap};
+  for (int64_t t = 0; t < b->tokens;) {
+    int n = 0;
+    for (; t < b->tokens && n < s->cap; t++)
+      if (b->weights[t] != 0) s->index[n++] = (int32_t)t;
+    if (n == 0) break;
+    batch.adapters = NULL;
+    ESP_TRY(esp_model_logits(m, stack, &batch, s->index, n, s->logits[0]));
+    batch.adapters = s->off;
+    ESP_TRY(esp_model_logits(m, stack, &batch, s->index, n, s->logits[1]));
+    if (counting) continue;
+    esp_parallel(n, one_row, &r);
+    for (int i = 0; i < n; i++) { /* in the order of the rows, whoever computed them */
+      double w = b->weights[s->index[i]];
+      out->num += w * (kl ? r.xent[i] - r.entropy[i] : r.xent[i]);
+      out->den += w;
+    }
+  }
+  return ESP_OK;
+}
+
+esp_status esp_score_base(esp_model *m, const esp_dataset *d, esp_stack *stack, const esp_score_cfg *cfg,
+                          esp_score_sums *out) {
+  esp_status st = ESP_OK;
+  esp_batcher b = {0};
+  int64_t n = esp_score_samples_of(d, cfg), vocab = esp_model_describe(m)->vocab;
+  scratch s = {.cap = MAX_LOGITS / vocab > 16 ? MAX_LOGITS / vocab : 16};
+  /* a pass is made for every `cap` rows of a batch: no more tokens than that, unless one sample has them */
+  int64_t most = cfg->batch_tokens < s.cap ? cfg->batch_tokens : s.cap;
+  s.logits[0] = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)(s.cap * vocab) * 4);
+  s.logits[1] = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)(s.cap * vocab) * 4);
+  s.sums = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)s.cap * 2 * sizeof *s.sums);
+  s.index = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)s.cap * sizeof *s.index);
+  s.off = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)(most + 1) * sizeof *s.off);
+  if (!s.logits[0] || !s.logits[1] || !s.sums || !s.index || !s.off) {
+    st = ESP_ERR_MEMORY;
+    goto out;
+  }
+  for (int64_t i = 0; i <= most; i++) s.off[i] = -1;
+  for (int64_t i = cfg->rank; i < n + cfg->size; i += cfg->size) {
+    const int32_t *ids = NULL;
+    const float *weights = NULL;
+    int64_t len = 0;
+    if (i < n) esp_dataset_sample(d, i, &ids, &weights, &len);
+    if (b.tokens > 0 && (i >= n || b.tokens + len > most)) {
+      ESP_GOTO(score_batch(m, stack, &b, &s, cfg->metric == ESP_METRIC_BASE_KL, out));
+      esp_batcher_clear(&b);
+    }
+    if (i >= n) break;
+    ESP_GOTO(esp_batcher_add(&b, ids, weights, len, NULL, 0));
+    out->samples++;
+  }
+out:
+  esp_mem_free(s.logits[0]);
+  esp_mem_free(s.logits[1]);
+  esp_mem_free(s.sums);
+  esp_mem_free(s.index);
+  esp_mem_free(s.off);
+  esp_batcher_deinit(&b);
+  return st;
+}

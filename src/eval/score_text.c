@@ -1,0 +1,172 @@
+/* score_text.c: answers that are generated: exact match, ROUGE-L, answers that are none of the labels, samples. */
+#include <ctype.h>
+#include <string.h>
+
+#include "eval/generate.h"
+#include "eval/score_priv.h"
+
+static void trimmed(const char **s, size_t *n) {
+  while (*n && isspace((unsigned char)**s)) (*s)++, (*n)--;
+  while (*n && isspace((unsigned char)(*s)[*n - 1])) (*n)--;
+}
+
+bool esp_exact_match(const char *answer, const char *reference) {
+  size_t a = strlen(answer), r = strlen(reference);
+  trimmed(&answer, &a);
+  trimmed(&reference, &r);
+  return a == r && memcmp(answer, reference, a) == 0;
+}
+
+typedef struct span {
+  const char *s;
+  size_t n;
+} span;
+
+static int words(const char *s, span *out, int max) {
+  int n = 0;
+  while (*s && n < max) {
+    while (*s && !isalnum((unsigned char)*s) && (unsigned char)*s < 0x80) s++;
+    const char *begin = s;
+    while (*s && (isalnum((unsigned char)*s) || (unsigned char)*s >= 0x80)) s++;
+    if (s > begin) out[n++] = (span){begin, (size_t)(s - begin)};
+  }
+  return n;
+}
+
+static bool same_word(span a, span b) {
+  if (a.n != b.n) return false;
+  for (size_t i = 0; i < a.n; i++)
+    if (tolower((unsigned char)a.s[i]) != tolower((unsigned char)b.s[i])) return false;
+  return true;
+}
+
+double esp_rouge_l(const char *answer, const char *reference) {
+  enum { MAX = 1024 };
+  static _Thread_local span a[MAX], r[MAX];
+  int na = words(answer, a, MAX), nr = words(reference, r, MAX);
+  if (na == 0 || nr == 0) return na == nr ? 1.0 : 0.0;
+  int row[MAX + 1] = {0};
+  for (int i = 0; i < na; i++) {
+    int diagonal = 0;
+    for (int j = 1; j <= nr; j++) {
+      int above = row[j];
+      row[j] = same_word(a[i], r[j - 1]) ? diagonal + 1 : row[j] > row[j - 1] ? row[j] : row[j - 1];
+      diagonal = above;
+    }
+  }
+  double lcs = row[nr];
+  return 2 * lcs / (na + nr); /* F1 of lcs/na and lcs/nr */
+}
+
+enum { MAX_BATCH = 64 };
+
+static esp_status complete(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
+                           const esp_score_cfg *cfg, const int64_t *index, int n, esp_ids *answers) {
+  esp_ids prompts[MAX_BATCH];
+  for (int k = 0; k < n; k++) {
+    const int32_t *ids;
+    const float *weights;
+    int64_t len;
+    esp_dataset_sample(d, index[k], &ids, &weights, &len);
+    prompts[k] = (esp_ids){(int32_t *)ids, esp_dataset_prompt_len(d, index[k]), 0};
+  }
+  const esp_model_desc *desc = esp_model_describe(m);
+  int32_t stop[9];
+  int n_stop = 0;
+  for (int i = 0; i < desc->n_eos; i++) stop[n_stop++] = desc->eos[i];
+  if (esp_tokenizer_eos(tok) >= 0) stop[n_stop++] = esp_tokenizer_eos(tok);
+  esp_gen_cfg gen = {.max_new_tokens = cfg->max_new_tokens, .stop = stop, .n_stop = n_stop};
+  return esp_generate(m, stack, prompts, n, &gen, answers);
+}
+
+static void count_malformed(const esp_dataset *d, int64_t i, const char *answer, esp_score_sums *out) {
+  const char *const *names;
+  const esp_ids *ids;
+  int labels = esp_dataset_labels(d, &names, &ids);
+  bool known = false;
+  if (labels == 0 || esp_dataset_label(d, i) < 0) return;
+  for (int k = 0; k < labels; k++) known |= esp_exact_match(answer, names[k]);
+  out->labelled++;
+  out->malformed += !known;
+}
+
+static esp_status generated_batch(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
+                                  const esp_score_cfg *cfg, const int64_t *index, int n, esp_score_sums *out) {
+  esp_status st = ESP_OK;
+  esp_ids answers[MAX_BATCH] = {0};
+  ESP_GOTO(complete(m, tok, d, stack, cfg, index, n, answers));
+  for (int k = 0; k < n; k++) {
+    char *text = NULL;
+    size_t len;
+    ESP_GOTO(esp_tokenizer_decode(tok, answers[k].data, answers[k].n, true, &text, &len));
+    const char *reference = esp_dataset_answer(d, index[k]);
+    out->num += cfg->metric == ESP_METRIC_EXACT_MATCH ? esp_exact_match(text, reference) : esp_rouge_l(text, reference);
+    out->den++;
+    out->samples++;
+    count_malformed(d, index[k], text, out);
+    esp_mem_free(text);
+  }
+out:
+  for (int k = 0; k < n; k++) esp_ids_deinit(&answers[k]);
+  return st;
+}
+
+esp_status esp_score_generated(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
+                               const esp_score_cfg *cfg, esp_score_sums *out) {
+  int64_t n = esp_score_samples_of(d, cfg), index[MAX_BATCH], tokens = 0;
+  int pending = 0;
+  for (int64_t i = cfg->rank; i < n + cfg->size; i += cfg->size) {
+    int64_t need = i < n ? esp_dataset_prompt_len(d, i) + cfg->max_new_tokens : 0;
+    if (pending > 0 && (i >= n || pending == MAX_BATCH || tokens + need > cfg->batch_tokens)) {
+      ESP_TRY(generated_batch(m, tok, d, stack, cfg, index, pending, out));
+      pending = 0;
+      tokens = 0;
+    }
+    if (i >= n) break;
+    index[pending++] = i;
+    tokens += need;
+  }
+  return ESP_OK;
+}
+
+/* ---- samples ---- */
+
+static esp_status put_text(const esp_tokenizer *tok, const int32_t *ids, int64_t n, const char *key, esp_strbuf *out) {
+  char *text = NULL;
+  size_t len;
+  ESP_TRY(esp_tokenizer_decode(tok, ids, n, true, &text, &len));
+  esp_strbuf_printf(out, ", \"%s\": ", key);
+  esp_strbuf_json(out, text, len);
+  esp_mem_free(text);
+  return ESP_OK;
+}
+
+esp_status esp_score_samples(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
+                             const esp_score_cfg *cfg, const char *set, esp_strbuf *out) {
+  int64_t n = esp_score_samples_of(d, cfg);
+  bool first = true;
+  for (int64_t i = 0; i < n; i++) { /* one by one: a sample does not depend on what is beside it */
+    esp_ids answer = {0};
+    const int32_t *ids;
+    const float *weights;
+    int64_t len, prompt = esp_dataset_prompt_len(d, i);
+    if (prompt <= 1) continue; /* running text: everything is predicted */
+    esp_status st = complete(m, tok, d, stack, cfg, &i, 1, &answer);
+    if (st == ESP_OK && out) {
+      const char *reference = esp_dataset_answer(d, i);
+      esp_dataset_sample(d, i, &ids, &weights, &len);
+      esp_strbuf_puts(out, first ? "{\"set\": " : ",\n{\"set\": ");
+      esp_strbuf_json(out, set, strlen(set));
+      esp_strbuf_printf(out, ", \"index\": %lld", (long long)i);
+      st = put_text(tok, ids, prompt, "prompt", out);
+      if (st == ESP_OK) st = put_text(tok, answer.data, answer.n, "answer", out);
+      esp_strbuf_puts(out, ", \"reference\": ");
+      esp_strbuf_json(out, reference ? reference : "", reference ? strlen(reference) : 0);
+      esp_strbuf_puts(out, "}");
+      first = false;
+    }
+    esp_ids_deinit(&answer);
+    ESP_TRY(st);
+  }
+  return ESP_OK;
+}
