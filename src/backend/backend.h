@@ -112,6 +112,40 @@ typedef struct esp_ce_args {
   float *logprob;
 } esp_ce_args;
 
+/* Distillation over rows of fp32 logits [n, V]: p = softmax(teacher/T), q = softmax(student/T), softcap as above. Adds
+ * factor * sum_t weight_t KL(p_t || q_t) to sums[0] and writes d = scale * factor * weight * dKL/dstudent, fp32 (data
+ * NULL: evaluation only; may be `teacher` itself). Rows that are equal bit by bit give exactly 0 in both. */
+typedef struct esp_distill_args {
+  esp_tensor student, teacher, d;
+  const float *weights; /* backend memory [n] */
+  float temperature, factor, scale, softcap;
+  double *sums; /* backend memory, [2] */
+} esp_distill_args;
+
+/* How far hidden states x are from a teacher's h, per row of n elements:
+ *   L2     mean (x - h)^2
+ *   L1     mean |x - h|
+ *   BELOW  mean max(0, h - x)^2: only what fell below the teacher (I-LoRA, arXiv 2402.18865)
+ *   MARGIN GeRe (arXiv 2508.04676): a state that the teacher has below low[j] shall stay below it, one above high[j]
+ *          above it, one between them between them; the mean over the elements that violate theirs. x = h gives 0. */
+typedef enum esp_hidden_loss {
+  ESP_HIDDEN_NONE,
+  ESP_HIDDEN_L2,
+  ESP_HIDDEN_L1,
+  ESP_HIDDEN_BELOW,
+  ESP_HIDDEN_MARGIN
+} esp_hidden_loss;
+/* Adds factor * sum_t weight_t loss_t to sums[0] and, where d has data, scale * factor * weight * dloss/dx to d. Any
+ * mix of bf16 and fp32. */
+typedef struct esp_hidden_args {
+  esp_hidden_loss kind;
+  esp_tensor x, teacher, d;
+  const float *low, *high; /* MARGIN: backend memory [cols] */
+  const float *weights;    /* backend memory [n] */
+  float factor, scale;
+  double *sums; /* backend memory, [2] */
+} esp_hidden_args;
+
 /* One optimizer's elementwise update over a run of parameters; the mathematics of each rule is in optim_rules.h,
  * one header compiled for every backend. */
 typedef struct esp_update_args {
@@ -220,6 +254,8 @@ typedef struct esp_backend_ops {
   void (*act)(esp_backend *be, esp_tensor y, esp_tensor x, esp_act act);
   void (*act_bwd)(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, esp_act act); /* dx may alias dy */
   void (*cross_entropy)(esp_backend *be, const esp_ce_args *a);
+  void (*distill)(esp_backend *be, const esp_distill_args *a);
+  void (*hidden_loss)(esp_backend *be, const esp_hidden_args *a);
 
   /* elementwise, rows, reductions. Any mix of bf16 and fp32. */
   void (*axpby)(esp_backend *be, esp_tensor y, float a, esp_tensor x,

@@ -420,6 +420,46 @@ static void cross_entropy(esp_backend *be, const esp_ce_args *args) {
   end(&c);
 }
 
+static void distill(esp_backend *be, const esp_distill_args *args) {
+  call c = call_of(be, "distill");
+  esp_distill_args a = *args;
+  reads(&c, a.student);
+  reads(&c, a.teacher);
+  writes(&c, a.d);
+  use(&c, a.weights, esp_tensor_rows(&a.student) * 4, false);
+  use(&c, a.sums, 16, true);
+  begin(&c);
+  a.student = there_t(&c, a.student);
+  a.teacher = there_t(&c, a.teacher);
+  a.d = there_t(&c, a.d);
+  a.weights = there(&c, a.weights);
+  a.sums = there(&c, a.sums);
+  c.real->ops->distill(c.real, &a);
+  end(&c);
+}
+static void hidden_loss(esp_backend *be, const esp_hidden_args *args) {
+  call c = call_of(be, "hidden_loss");
+  esp_hidden_args a = *args;
+  int64_t cols = esp_tensor_cols(&a.x);
+  reads(&c, a.x);
+  reads(&c, a.teacher);
+  writes(&c, a.d);
+  use(&c, a.low, cols * 4, false);
+  use(&c, a.high, cols * 4, false);
+  use(&c, a.weights, esp_tensor_rows(&a.x) * 4, false);
+  use(&c, a.sums, 16, true);
+  begin(&c);
+  a.x = there_t(&c, a.x);
+  a.teacher = there_t(&c, a.teacher);
+  a.d = there_t(&c, a.d);
+  a.low = there(&c, a.low);
+  a.high = there(&c, a.high);
+  a.weights = there(&c, a.weights);
+  a.sums = there(&c, a.sums);
+  c.real->ops->hidden_loss(c.real, &a);
+  end(&c);
+}
+
 /* ---- elementwise, reductions, optimizers ---- */
 static void axpby(esp_backend *be, esp_tensor y, float a, esp_tensor x, float b) {
   call c = call_of(be, "axpby");
@@ -552,6 +592,8 @@ esp_status mirror_create(esp_backend *real, esp_backend **out) {
                              .act = act,
                              .act_bwd = act_bwd,
                              .cross_entropy = cross_entropy,
+                             .distill = distill,
+                             .hidden_loss = hidden_loss,
                              .axpby = axpby,
                              .mul_cols = mul_cols,
                              .gather_rows = gather_rows,

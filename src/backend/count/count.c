@@ -287,8 +287,16 @@ static void act_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x,
   add(be, 25 * numel(x), bytes_of(dx) + bytes_of(dy) + bytes_of(x));
 }
 static void cross_entropy(esp_backend *be, const esp_ce_args *a) {
-  work(be, models_cuda(be) ? esp_cuda_need_cross_entropy(a) : esp_cpu_work_ce(esp_tensor_rows(&a->logits)));
+  work(be, models_cuda(be) ? esp_cuda_need_loss_rows(&a->logits) : esp_cpu_work_ce(esp_tensor_rows(&a->logits)));
   add(be, (a->d.data ? 40 : 20) * numel(a->logits), bytes_of(a->logits) + bytes_of(a->d));
+}
+static void distill(esp_backend *be, const esp_distill_args *a) {
+  work(be, models_cuda(be) ? esp_cuda_need_loss_rows(&a->student) : esp_cpu_work_ce(esp_tensor_rows(&a->student)));
+  add(be, (a->d.data ? 80 : 60) * numel(a->student), bytes_of(a->student) + bytes_of(a->teacher) + bytes_of(a->d));
+}
+static void hidden_loss(esp_backend *be, const esp_hidden_args *a) {
+  work(be, models_cuda(be) ? esp_cuda_need_loss_rows(&a->x) : esp_cpu_work_ce(esp_tensor_rows(&a->x)));
+  add(be, 8 * numel(a->x), bytes_of(a->x) + bytes_of(a->teacher) + 2 * bytes_of(a->d));
 }
 static void axpby(esp_backend *be, esp_tensor y, float a, esp_tensor x, float b) {
   (void)a;
@@ -449,6 +457,8 @@ static const esp_backend_ops ops = {
     .act = act,
     .act_bwd = act_bwd,
     .cross_entropy = cross_entropy,
+    .distill = distill,
+    .hidden_loss = hidden_loss,
     .axpby = axpby,
     .mul = mul,
     .mul_rows = mul_rows,

@@ -53,6 +53,8 @@ typedef struct esp_kernels {
   void (*update)(const esp_update_args *a, int64_t e0, int64_t e1);
   /* weight * nll of row r, and everything else that esp_ce_args asks of it */
   double (*cross_entropy)(const esp_ce_args *a, int64_t r, double *hit);
+  double (*distill)(const esp_distill_args *a, int64_t r); /* weight * factor * KL of row r, and its d */
+  double (*hidden_loss)(const esp_hidden_args *a, int64_t r);
   /* parts of adapter kinds: rows, but for col_dot (columns, all rows in order) */
   void (*mul)(esp_tensor y, esp_tensor a, esp_tensor b, float beta, int64_t r0, int64_t r1);
   void (*mul_rows)(esp_tensor y, esp_tensor x, esp_tensor v, float beta, int64_t r0, int64_t r1);

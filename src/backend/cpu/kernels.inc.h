@@ -11,6 +11,7 @@
 #include "backend/cpu/k_sparse.h"
 #include "backend/cpu/k_norm.h"
 #include "backend/cpu/k_loss.h"
+#include "backend/cpu/k_distill.h"
 #include "backend/cpu/k_update.h"
 #include "backend/cpu/k_attention.h"
 /* clang-format on */
@@ -33,6 +34,8 @@ const esp_kernels ESP_K_TABLE = {
     .dot = k_dot,
     .update = k_update,
     .cross_entropy = k_cross_entropy,
+    .distill = k_distill,
+    .hidden_loss = k_hidden_loss,
     .mul = k_mul,
     .mul_rows = k_mul_rows,
     .col_dot = k_col_dot,

@@ -174,25 +174,41 @@ void esp_cpu_rope(esp_backend *be, const esp_rope_args *a) {
   esp_split(be, esp_tensor_rows(&a->x), esp_row_step((int64_t)a->heads * a->head_dim), a, rope_part);
 }
 
-typedef struct ce_op {
-  const esp_ce_args *a;
+typedef struct loss_op { /* one of them */
+  const esp_ce_args *ce;
+  const esp_distill_args *distill;
+  const esp_hidden_args *hidden;
   double *row; /* loss, hit */
-} ce_op;
-static void ce_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
-  const ce_op *o = op;
-  for (int64_t r = r0; r < r1; r++) o->row[2 * r] = k->cross_entropy(o->a, r, &o->row[2 * r + 1]);
+} loss_op;
+static void loss_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
+  const loss_op *o = op;
+  for (int64_t r = r0; r < r1; r++) {
+    double *row = &o->row[2 * r];
+    row[1] = 0;
+    row[0] = o->ce        ? k->cross_entropy(o->ce, r, &row[1])
+             : o->distill ? k->distill(o->distill, r)
+                          : k->hidden_loss(o->hidden, r);
+  }
 }
-void esp_cpu_cross_entropy(esp_backend *be, const esp_ce_args *a) {
-  int64_t n = esp_tensor_rows(&a->logits);
-  ce_op o = {a, NULL};
+static void loss_rows(esp_backend *be, esp_tensor x, loss_op o, double *sums) {
+  int64_t n = esp_tensor_rows(&x);
   if (be->sticky != ESP_OK || n == 0) return;
   o.row = esp_cpu_work(be, esp_cpu_work_ce(n));
   if (!o.row) return;
-  esp_split(be, n, esp_row_step(esp_tensor_cols(&a->logits)), &o, ce_part);
+  esp_split(be, n, esp_row_step(esp_tensor_cols(&x)), &o, loss_part);
   double sum[2] = {0, 0}; /* in row order */
   for (int64_t r = 0; r < 2 * n; r++) sum[r & 1] += o.row[r];
-  a->sums[0] += sum[0];
-  a->sums[1] += sum[1];
+  sums[0] += sum[0];
+  sums[1] += sum[1];
+}
+void esp_cpu_cross_entropy(esp_backend *be, const esp_ce_args *a) {
+  loss_rows(be, a->logits, (loss_op){.ce = a}, a->sums);
+}
+void esp_cpu_distill(esp_backend *be, const esp_distill_args *a) {
+  loss_rows(be, a->student, (loss_op){.distill = a}, a->sums);
+}
+void esp_cpu_hidden_loss(esp_backend *be, const esp_hidden_args *a) {
+  loss_rows(be, a->x, (loss_op){.hidden = a}, a->sums);
 }
 
 #define DOT_PARTS 64

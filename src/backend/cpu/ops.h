@@ -18,6 +18,8 @@ void esp_cpu_glu_bwd(esp_backend *be, esp_tensor dgu, esp_tensor dh, esp_tensor 
 void esp_cpu_act(esp_backend *be, esp_tensor y, esp_tensor x, esp_act act);
 void esp_cpu_act_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, esp_act act);
 void esp_cpu_cross_entropy(esp_backend *be, const esp_ce_args *a);
+void esp_cpu_distill(esp_backend *be, const esp_distill_args *a);
+void esp_cpu_hidden_loss(esp_backend *be, const esp_hidden_args *a);
 void esp_cpu_axpby(esp_backend *be, esp_tensor y, float a, esp_tensor x, float b);
 void esp_cpu_mul_cols(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v);
 void esp_cpu_gather_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows);

@@ -159,6 +159,10 @@ void esp_cuda_col_sum(esp_backend *be, float *out, esp_tensor x);
 /* The sum into device memory; the table's `dot` downloads it. */
 void esp_cuda_dot_device(esp_backend *be, double *device_out, const float *a, const float *b, int64_t n);
 void esp_cuda_cross_entropy(esp_backend *be, const esp_ce_args *a);
+/* sums[0] += the losses of n rows [n, 2], sums[1] += their hits, in a fixed order (loss.cu). */
+void esp_cuda_sum_losses(esp_backend *be, const double *rows, int64_t n, double *sums);
+void esp_cuda_distill(esp_backend *be, const esp_distill_args *a);
+void esp_cuda_hidden_loss(esp_backend *be, const esp_hidden_args *a);
 void esp_cuda_update(esp_backend *be, const esp_update_args *a);
 /* matmul.c's bias: y[t, j] += bias[j] where no epilogue takes it; and a conversion with row strides. */
 void esp_cuda_add_bias(esp_backend *be, esp_tensor y, esp_tensor bias);

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) ce_kernel(ce_args a) 
 
 enum { SUM_THREADS = 256 };
 /* One block: thread t sums rows t, t + 256, ... and the threads are summed in order. */
-__global__ void __launch_bounds__(SUM_THREADS) ce_sum_kernel(const double *rows, int64_t n, double *sums) {
+__global__ void __launch_bounds__(SUM_THREADS) loss_sum_kernel(const double *rows, int64_t n, double *sums) {
   __shared__ double part[2][SUM_THREADS / 32];
   double loss = 0, hits = 0;
   for (int64_t r = threadIdx.x; r < n; r += SUM_THREADS) {
@@ -219,7 +219,7 @@ void esp_cuda_cross_entropy(esp_backend *be, const esp_ce_args *a) {
   p.scale = a->scale;
   p.softcap = a->softcap;
   p.logprob = a->logprob;
-  p.rows = static_cast<double *>(esp_cuda_scratch(be, esp_cuda_need_cross_entropy(a)));
+  p.rows = static_cast<double *>(esp_cuda_scratch(be, esp_cuda_need_loss_rows(&a->logits)));
   if (!p.rows) return;
   bool vec = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.logits_ld % 4 == 0;
   if (p.d && (reinterpret_cast<uintptr_t>(p.d) % 16 != 0 || p.d_ld % 4 != 0)) vec = false;
@@ -227,5 +227,9 @@ void esp_cuda_cross_entropy(esp_backend *be, const esp_ce_args *a) {
     ce_rows<bf16>(be, p, n, vec);
   else
     ce_rows<float>(be, p, n, vec);
-  ESP_LAUNCH(be, "cross entropy sum", ce_sum_kernel, dim3(1), dim3(SUM_THREADS), 0, p.rows, n, a->sums);
+  esp_cuda_sum_losses(be, p.rows, n, a->sums);
+}
+
+void esp_cuda_sum_losses(esp_backend *be, const double *rows, int64_t n, double *sums) {
+  ESP_LAUNCH(be, "sum of losses", loss_sum_kernel, dim3(1), dim3(SUM_THREADS), 0, rows, n, sums);
 }

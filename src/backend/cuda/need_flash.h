@@ -24,8 +24,8 @@ static inline int64_t esp_cuda_need_decode(const esp_decode_args *a) {
 }
 
 /* The loss and the hit of every row, fp64, before they are summed in order. */
-static inline int64_t esp_cuda_need_cross_entropy(const esp_ce_args *a) {
-  return esp_tensor_rows(&a->logits) * 2 * 8;
+static inline int64_t esp_cuda_need_loss_rows(const esp_tensor *rows) {
+  return esp_tensor_rows(rows) * 2 * 8;
 }
 
 #endif
