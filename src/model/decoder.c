@@ -205,6 +205,23 @@ out:
   return st;
 }
 
+esp_status esp_model_features(esp_model *m, esp_stack *stack, const esp_batch *b, esp_tensor out) {
+  esp_status st = ESP_OK;
+  esp_virtual v;
+  esp_pass p;
+  ESP_TRY(esp_batch_check(m, b, true));
+  ESP_TRY(esp_virtual_begin(&v, m, b, true));
+  ESP_GOTO(esp_pass_begin(&p, m, stack, &v, 1, false));
+  int64_t mark = esp_stack_mark(stack);
+  esp_decoder_forward(&p, ESP_CKPT_OFF, 0, 0);
+  st = esp_head_features(&p, out);
+  esp_stack_release(stack, mark);
+  if (st == ESP_OK) st = m->be->sticky;
+out:
+  esp_virtual_end(&v);
+  return st;
+}
+
 esp_status esp_model_sums_reset(esp_model *m) {
   ESP_TRY(esp_work_ensure(m, 0, 0, 0, false));
   m->be->ops->zero(m->be, (char *)m->work.buf[ESP_W_TOTAL] + ESP_TOTAL_SUMS, 16);

@@ -59,6 +59,7 @@ typedef enum esp_work_id {
   ESP_W_QK1,
   ESP_W_QK2,
   ESP_W_LOGITS,  /* fp32 [chunk, vocab], then their gradients */
+  ESP_W_TEACH,   /* fp32 [chunk, vocab] of a teacher, then the gradient of its term; only where there is one */
   ESP_W_STAT,    /* rstd and mean of the final norm */
   ESP_W_IDS,     /* ids, positions, rows, targets, weights, logprob: [tokens] of 4 bytes each */
   ESP_W_VIRTUAL, /* rows of virtual tokens, and which each is: 2 x [n] of 4 bytes */
@@ -160,8 +161,9 @@ esp_status esp_rope_ensure(esp_model *m, int64_t positions);
 esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, int64_t n_virtual, bool train);
 void esp_work_release(esp_model *m);
 esp_tensor esp_work_tensor(const esp_model *m, esp_work_id id, int64_t rows, int64_t cols);
-int64_t esp_head_chunk(const esp_model *m, int64_t rows); /* rows of logits that exist at a time */
-int64_t esp_logits_stride(const esp_model *m);            /* elements from one row of logits to the next */
+esp_status esp_work_teach(esp_model *m, int64_t head_rows); /* after ensure: a second buffer like ESP_W_LOGITS */
+int64_t esp_head_chunk(const esp_model *m, int64_t rows);   /* rows of logits that exist at a time */
+int64_t esp_logits_stride(const esp_model *m);              /* elements from one row of logits to the next */
 int32_t *esp_work_ints(const esp_model *m, int which);
 enum { ESP_INTS_IDS, ESP_INTS_POS, ESP_INTS_ROWS, ESP_INTS_TARGETS, ESP_INTS_WEIGHTS, ESP_INTS_LOGP };
 #define ESP_INTS_COUNT 6
@@ -195,6 +197,7 @@ void esp_mlp_backward(esp_pass *p, int layer, esp_saved *s);
 /* loss.c. Both read the residual stream in ESP_W_Y. */
 /* weight_sum: of the labelled rows; the loss goes to the sums in ESP_W_TOTAL. */
 esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, double *weight_sum, float *logprob);
+esp_status esp_head_features(esp_pass *p, esp_tensor out);
 esp_status esp_head_logits(esp_pass *p, const int32_t *rows, int64_t n, float *logits);
 
 /* virtual.c. labelled: sequences without a label stay as they are. */

@@ -9,8 +9,8 @@
 /* [n, vocab] in the logits' buffer. Rows are apart by whole cache lines, one more than the vocabulary takes: rows that
  * are a multiple of 4096 bytes apart, as most vocabularies would have them, share their cache sets, and a tile of 16 of
  * them no longer fits the first level. Each row of gradients lies at the start of its row of logits. */
-static esp_tensor padded(const esp_model *m, int64_t n, esp_dtype t) {
-  esp_tensor x = esp_work_tensor(m, ESP_W_LOGITS, n, m->d.vocab);
+static esp_tensor padded(const esp_model *m, esp_work_id id, int64_t n, esp_dtype t) {
+  esp_tensor x = esp_work_tensor(m, id, n, m->d.vocab);
   x.dtype = t;
   x.ld = esp_logits_stride(m) * 4 / (int64_t)esp_dtype_size(t);
   return x;
@@ -50,10 +50,52 @@ static esp_status bring_logprob(esp_pass *p, const labelled *l, float *logprob) 
   return ESP_OK;
 }
 
+static double *sums_of(const esp_model *m) {
+  return (double *)((char *)m->work.buf[ESP_W_TOTAL] + ESP_TOTAL_SUMS);
+}
+
+/* The teacher's logits of rows [at, at+n), then the gradient of its term, as [n, vocab] fp32. Before the student's own
+ * logits are overwritten. */
+static esp_tensor taught_logits(esp_run *run, const esp_teach *t, int64_t at, esp_tensor logits, const float *weights,
+                                float scale, bool train) {
+  esp_model *m = run->model;
+  int64_t n = esp_tensor_rows(&logits);
+  esp_tensor teacher = padded(m, ESP_W_TEACH, n, ESP_F32);
+  esp_group_apply(run, m->head, esp_tensor_rows_view(&t->features, at, n), teacher);
+  esp_distill_args a = {.student = logits,
+                        .teacher = teacher,
+                        .d = train ? teacher : (esp_tensor){0},
+                        .weights = weights,
+                        .temperature = t->temperature,
+                        .factor = t->kl * t->temperature * t->temperature,
+                        .scale = scale,
+                        .softcap = m->d.final_softcap,
+                        .sums = sums_of(m)};
+  run->be->ops->distill(run->be, &a);
+  return teacher;
+}
+
+/* x: rows [at, at+n) of the normed states, dx: their gradient so far, data NULL: not wanted. */
+static void taught_states(esp_run *run, const esp_teach *t, int64_t at, esp_tensor x, esp_tensor dx,
+                          const float *weights, float scale) {
+  esp_hidden_args a = {.kind = t->hidden,
+                       .x = x,
+                       .teacher = esp_tensor_rows_view(&t->features, at, esp_tensor_rows(&x)),
+                       .d = dx,
+                       .low = t->low,
+                       .high = t->high,
+                       .weights = weights,
+                       .factor = t->hidden_weight,
+                       .scale = scale,
+                       .sums = sums_of(run->model)};
+  run->be->ops->hidden_loss(run->be, &a);
+}
+
 esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, double *weight_sum, float *logprob) {
   esp_run *run = &p->run;
   esp_model *m = run->model;
   esp_backend *be = run->be;
+  const esp_teach *teach = run->batch->teach;
   int64_t hidden = m->d.hidden;
   esp_tensor none = {0};
   labelled l = {0};
@@ -63,6 +105,10 @@ esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, dou
   esp_tensor dr = esp_work_tensor(m, ESP_W_DR, p->tokens, hidden);
   if (train && need_dx) be->ops->zero(be, dr.data, esp_tensor_bytes(&dr));
   if (l.n == 0) goto out;
+  if (teach && (teach->features.dtype != run->compute || esp_tensor_rows(&teach->features) < l.n ||
+                esp_tensor_cols(&teach->features) != hidden))
+    ESP_GOTO(esp_fail(ESP_ERR_INTERNAL, "a teacher's states do not fit the batch"));
+  if (teach && teach->kl != 0) ESP_GOTO(esp_work_teach(m, l.n));
   for (int64_t i = 0; i < l.n; i++) *weight_sum += (double)l.weights[i];
 
   int32_t *d_rows = esp_work_ints(m, ESP_INTS_ROWS), *d_targets = esp_work_ints(m, ESP_INTS_TARGETS);
@@ -82,20 +128,24 @@ esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, dou
   for (int64_t at = 0; at < l.n; at += chunk, c++) {
     int64_t n = l.n - at < chunk ? l.n - at : chunk;
     int64_t mark = esp_stack_mark(run->stack);
-    esp_tensor xc = esp_tensor_rows_view(&x, at, n), logits = padded(m, n, ESP_F32);
-    esp_tensor dlogits = padded(m, n, run->compute); /* over the logits, row by row */
+    esp_tensor xc = esp_tensor_rows_view(&x, at, n), logits = padded(m, ESP_W_LOGITS, n, ESP_F32);
+    esp_tensor dlogits = padded(m, ESP_W_LOGITS, n, run->compute); /* over the logits, row by row */
+    esp_tensor dxc = train && need_dx ? esp_tensor_rows_view(&dx, at, n) : none, dtaught = none;
     run->part = c;
     esp_group_forward(run, m->head, xc, logits, false);
+    if (teach && teach->kl != 0) dtaught = taught_logits(run, teach, at, logits, d_weights + at, scale, train);
     esp_ce_args ce = {.logits = logits,
                       .d = train ? dlogits : none,
                       .targets = d_targets + at,
                       .weights = d_weights + at,
                       .scale = scale,
                       .softcap = m->d.final_softcap,
-                      .sums = (double *)((char *)m->work.buf[ESP_W_TOTAL] + ESP_TOTAL_SUMS),
+                      .sums = sums_of(m),
                       .logprob = logprob ? (float *)esp_work_ints(m, ESP_INTS_LOGP) + at : NULL};
     be->ops->cross_entropy(be, &ce);
-    if (train) esp_group_backward(run, m->head, xc, dlogits, need_dx ? esp_tensor_rows_view(&dx, at, n) : none);
+    if (train && dtaught.data) be->ops->axpby(be, dlogits, 1.0f, dtaught, 1.0f);
+    if (train) esp_group_backward(run, m->head, xc, dlogits, dxc);
+    if (teach && teach->hidden) taught_states(run, teach, at, xc, dxc, d_weights + at, scale);
     esp_stack_release(run->stack, mark);
   }
   run->part = 0;
@@ -105,6 +155,26 @@ esp_status esp_head_loss(esp_pass *p, float scale, bool train, bool need_dx, dou
     esp_norm_backward(run, m->final_norm, r, dx, d_rows_r, rstd, mean, false);
     be->ops->scatter_rows(be, dr, d_rows_r, d_rows);
   }
+out:
+  esp_mem_free(l.rows);
+  return st;
+}
+
+esp_status esp_head_features(esp_pass *p, esp_tensor out) {
+  esp_run *run = &p->run;
+  esp_model *m = run->model;
+  labelled l = {0};
+  esp_status st = ESP_OK;
+  ESP_TRY(collect(run->batch, &l));
+  if (l.n == 0) goto out;
+  if (esp_tensor_rows(&out) < l.n || esp_tensor_cols(&out) != m->d.hidden || out.dtype != run->compute)
+    ESP_GOTO(esp_fail(ESP_ERR_INTERNAL, "no room for the states of %lld rows", (long long)l.n));
+  int32_t *d_rows = esp_work_ints(m, ESP_INTS_ROWS);
+  esp_tensor none = {0}, stream = esp_work_tensor(m, ESP_W_Y, p->tokens, m->d.hidden);
+  esp_tensor r = esp_work_tensor(m, ESP_W_WIDE, l.n, m->d.hidden);
+  run->be->ops->upload(run->be, d_rows, l.rows, l.n * 4);
+  run->be->ops->gather_rows(run->be, r, stream, d_rows);
+  esp_norm_forward(run, m->final_norm, r, none, none, esp_tensor_rows_view(&out, 0, l.n), NULL, NULL);
 out:
   esp_mem_free(l.rows);
   return st;

@@ -76,6 +76,18 @@ typedef struct esp_batch {                  /* token rows of one micro-batch, HO
   const struct esp_teach *teach; /* NULL: the labels alone */
 } esp_batch;
 
+/* What a batch is taught beside its labels. The loss of a labelled row, times its weight, is
+ *   CE + kl * T^2 KL(softmax(teacher/T) || softmax(student/T)) + hidden_weight * distance(x, features)
+ * with x the final normed hidden state and `features` the teacher's: its logits are made of them by the frozen head,
+ * chunk by chunk, beside those of the student. Reported losses hold all terms. Not with a head that is adapted. */
+typedef struct esp_teach {
+  esp_tensor features; /* [labelled rows, hidden] in backend memory (esp_model_features) */
+  float kl, temperature;
+  esp_hidden_loss hidden; /* ESP_HIDDEN_NONE: no such term */
+  float hidden_weight;
+  const float *low, *high; /* ESP_HIDDEN_MARGIN: backend memory [hidden] */
+} esp_teach;
+
 typedef struct esp_run { /* what every part needs while a step runs */
   esp_backend *be;
   esp_stack *stack;
@@ -199,6 +211,9 @@ esp_status esp_model_step(esp_model *m, esp_stack *stack, const esp_batch *b, es
 esp_status esp_model_sums_reset(esp_model *m);
 /* Waits. loss_sum and correct of every step since the reset; weight_sum is the caller's. */
 esp_status esp_model_sums(esp_model *m, esp_loss_out *out);
+/* Forward only: the final normed hidden states of the rows that carry a label, in order, into `out` [at least so many,
+ * hidden] of the compute type, in backend memory. */
+esp_status esp_model_features(esp_model *m, esp_stack *stack, const esp_batch *b, esp_tensor out);
 /* fp32 logits of chosen rows (host [n_rows, vocab]) for tests, verification and `merge --verify`. */
 esp_status esp_model_logits(esp_model *m, esp_stack *stack, const esp_batch *b, const int32_t *rows, int n_rows,
                             float *logits);

@@ -23,6 +23,21 @@ static int64_t max3(int64_t a, int64_t b, int64_t c) {
   return ab > c ? ab : c;
 }
 
+static esp_status grow(esp_model *m, int id, int64_t bytes) {
+  if (bytes <= m->work.bytes[id]) return ESP_OK;
+  if (m->work.buf[id]) m->be->ops->free(m->be, m->work.buf[id]);
+  m->work.bytes[id] = 0;
+  m->work.buf[id] = m->be->ops->alloc(m->be, ESP_MEM_WORKSPACE, bytes);
+  if (!m->work.buf[id]) return esp_backend_why_null(m->be);
+  m->work.bytes[id] = bytes;
+  m->work.revision++;
+  return ESP_OK;
+}
+
+esp_status esp_work_teach(esp_model *m, int64_t head_rows) {
+  return grow(m, ESP_W_TEACH, esp_head_chunk(m, head_rows) * esp_logits_stride(m) * 4);
+}
+
 esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, int64_t n_virtual, bool train) {
   const esp_model_desc *d = &m->d;
   int64_t size = (int64_t)esp_dtype_size(m->opt.compute);
@@ -44,15 +59,7 @@ esp_status esp_work_ensure(esp_model *m, int64_t tokens, int64_t head_rows, int6
       [ESP_W_VIRTUAL] = 2 * n_virtual * 4,
       [ESP_W_TOTAL] = ESP_TOTAL_BYTES,
   };
-  for (int i = 0; i < ESP_W_COUNT; i++) {
-    if (want[i] <= m->work.bytes[i]) continue;
-    if (m->work.buf[i]) m->be->ops->free(m->be, m->work.buf[i]);
-    m->work.bytes[i] = 0;
-    m->work.buf[i] = m->be->ops->alloc(m->be, ESP_MEM_WORKSPACE, want[i]);
-    if (!m->work.buf[i]) return esp_backend_why_null(m->be);
-    m->work.bytes[i] = want[i];
-    m->work.revision++;
-  }
+  for (int i = 0; i < ESP_W_COUNT; i++) ESP_TRY(grow(m, i, want[i]));
   return ESP_OK;
 }
 
@@ -65,7 +72,7 @@ void esp_work_release(esp_model *m) {
 }
 
 esp_tensor esp_work_tensor(const esp_model *m, esp_work_id id, int64_t rows, int64_t cols) {
-  return esp_tensor_2d(m->work.buf[id], id == ESP_W_LOGITS ? ESP_F32 : m->opt.compute, rows, cols);
+  return esp_tensor_2d(m->work.buf[id], id == ESP_W_LOGITS || id == ESP_W_TEACH ? ESP_F32 : m->opt.compute, rows, cols);
 }
 
 int32_t *esp_work_ints(const esp_model *m, int which) {

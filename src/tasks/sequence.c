@@ -132,6 +132,24 @@ esp_status esp_sequence_pass(const esp_sequence *q, const esp_rows *rows, const 
   return esp_model_step(q->model, q->stack, &b, q->ckpt, train, (float)scale, q->seed, draw, out, NULL);
 }
 
+esp_status esp_sequence_features(const esp_sequence *q, esp_tensor masters, const esp_batch *b, esp_tensor out) {
+  esp_sequence_exchange(q, masters);
+  esp_status st = esp_model_features(q->model, q->stack, b, out);
+  esp_sequence_exchange(q, masters);
+  return st;
+}
+
+esp_status esp_sequence_frozen_head(const esp_strategy *s, const esp_sequence *q) {
+  esp_site **sites;
+  int n = esp_model_sites(q->model, &sites);
+  for (int i = 0; i < n; i++)
+    if (sites[i]->is_head && esp_adapter_changes(q->adapter, sites[i]))
+      return esp_fail(ESP_ERR_RECIPE,
+                      "continual.strategy: %s makes the teacher's logits with the frozen head, the adapter changes %s",
+                      s->kind->name, sites[i]->path);
+  return ESP_OK;
+}
+
 static esp_status gradient_passes(const esp_sequence *q, const esp_sample *s, int64_t n, double total, double *loss) {
   esp_status st = ESP_OK;
   esp_rows rows = {0};

@@ -214,6 +214,11 @@ esp_status esp_sequence_choose(uint64_t seed, uint64_t stream, int64_t count, in
 /* Forward, loss and, with train, backward of rows: gradients are added, scaled. out NULL: into the step's own sums. */
 esp_status esp_sequence_pass(const esp_sequence *q, const esp_rows *rows, const struct esp_teach *teach, bool train,
                              double scale, int64_t draw, esp_loss_out *out);
+/* The final normed hidden states of b's labelled rows into `out` (esp_model_features) with other masters ([1, total])
+ * in the place of the adapter's, which are there again afterwards. */
+esp_status esp_sequence_features(const esp_sequence *q, esp_tensor masters, const esp_batch *b, esp_tensor out);
+/* The output head is frozen, so that a teacher's logits can be made of its states; else ESP_ERR_RECIPE. */
+esp_status esp_sequence_frozen_head(const esp_strategy *s, const esp_sequence *q);
 /* Ranks: this one's share begins at *first and holds *n of `count` things. */
 void esp_sequence_share(const esp_sequence *q, int64_t count, int64_t *first, int64_t *n);
 /* The gradient of the mean loss of these samples, summed over ranks, into `out` ([1, total]); what q's gradient held is
