@@ -48,7 +48,6 @@ esp_status esp_virtual_begin(esp_virtual *v, const esp_model *m, const esp_batch
   *v = (esp_virtual){.batch = *b};
   for (int s = 0; s < b->n_seqs; s++) n += in_front(m, b, s, labelled);
   if (n == 0) return ESP_OK;
-  if (b->teach) return esp_fail(ESP_ERR_RECIPE, "an adapter of virtual tokens cannot learn from a model's outputs");
   ESP_TRY(reserve(v, b, n));
   for (int s = 0; s < b->n_seqs; s++) {
     int64_t front = in_front(m, b, s, labelled);

@@ -368,6 +368,7 @@ static const esp_key continual_keys[] = {
     {"ewc", ESP_T_OBJECT, .object = &esp_schema_ewc},
     {"si", ESP_T_OBJECT, .object = &esp_schema_si},
     {"group_lasso", ESP_T_OBJECT, .object = &esp_schema_group_lasso},
+    {"lwf", ESP_T_OBJECT, .object = &esp_schema_lwf},
 };
 
 SECTION_OBJECT(model, "The frozen base.");

@@ -23,5 +23,6 @@ extern const esp_object esp_schema_group_lasso;
 extern const esp_object esp_schema_l2;
 extern const esp_object esp_schema_replay;
 extern const esp_object esp_schema_si;
+extern const esp_object esp_schema_replay, esp_schema_l2, esp_schema_lwf;
 
 #endif

@@ -19,6 +19,20 @@ static const esp_key replay_keys[] = {
 };
 STRATEGY(replay, "Strategy replay: rows of earlier tasks are trained beside those of the present one.");
 
+static const esp_key lwf_keys[] = {
+    {"teacher", ESP_T_WORD, AT(continual.strategy.lwf.teacher), .def = "previous", WORDS("previous", "base"),
+     .help = "the adapter at the end of the task before, or as it was before the first"},
+    {"kl", ESP_T_NUMBER, AT(continual.strategy.lwf.kl), .def = "1", RANGE(0, 1e6),
+     .help = "weight of T^2 KL(teacher || student) over the vocabulary"},
+    {"temperature", ESP_T_NUMBER, AT(continual.strategy.lwf.temperature), .def = "2", .flags = ESP_K_ABOVE_MIN,
+     RANGE(0, 1000), .help = "T, of both distributions"},
+    {"hidden", ESP_T_NUMBER, AT(continual.strategy.lwf.hidden), .def = "0", RANGE(0, 1e6),
+     .help = "weight of the distance of the final hidden states"},
+    {"hidden_loss", ESP_T_WORD, AT(continual.strategy.lwf.hidden_loss), .def = "l2", WORDS("l2", "l1"),
+     .help = "mean of squares or of absolute values over a state"},
+};
+STRATEGY(lwf, "Strategy lwf: what an earlier adapter answers to the new task's rows is kept.");
+
 static const esp_key l2_keys[] = {
     {"weight", ESP_T_NUMBER, AT(continual.strategy.l2.weight), .def = "1", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e12),
      .help = "lambda of lambda/2 |theta - theta_previous|^2"},

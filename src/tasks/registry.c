@@ -12,6 +12,7 @@ static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_ewc,
     &esp_strategy_si,
     &esp_strategy_group_lasso,
+    &esp_strategy_lwf,
 };
 /* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };

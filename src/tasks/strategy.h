@@ -32,6 +32,12 @@ typedef struct esp_strategy_cfg {
     double weight; /* of the loss of replayed tokens */
   } replay;
   struct {
+    const char *teacher; /* previous | base */
+    double kl, temperature;
+    double hidden;           /* weight of the distance of final hidden states, 0: none */
+    const char *hidden_loss; /* l2 | l1 */
+  } lwf;
+  struct {
     double weight; /* lambda: weight/2 * |theta - theta_previous|^2 */
   } l2;
   struct {

@@ -37,8 +37,8 @@ int64_t esp_memory_limit(const esp_recipe *r) {
 }
 
 /* A micro-batch of the task's largest size. Its contents do not matter: nothing is computed. One long sequence, and in
- * front of it as many of one token as virtual tokens make a difference for. */
-static esp_status largest(esp_engine *e, const esp_task_steps *c, esp_ckpt_mode ckpt) {
+ * front of it as many of one token as virtual tokens make a difference for. taught: as strategies teach it. */
+static esp_status largest(esp_engine *e, const esp_task_steps *c, esp_ckpt_mode ckpt, bool taught) {
   size_t n = (size_t)c->max_tokens;
   int seqs = esp_model_virtual_tokens(e->model) ? (int)c->max_sequences : 1;
   esp_status st = ESP_OK;
@@ -56,7 +56,9 @@ static esp_status largest(esp_engine *e, const esp_task_steps *c, esp_ckpt_mode 
                  .weights = weights,
                  .cu_seqlens = cu,
                  .n_seqs = seqs};
+  esp_strategy_step t = {.task_steps = c->steps, .weight = 1, .scale = 1};
   esp_loss_out loss;
+  if (taught) ESP_GOTO(esp_strategies_teach(&e->strategies, &e->sequence, &t, &b));
   ESP_GOTO(esp_model_step(e->model, &e->stack, &b, ckpt, true, 1.0f, 0, 0, &loss, NULL));
   ESP_GOTO(esp_backend_sync(e->be));
 out:
@@ -89,12 +91,12 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   if (!e->stack_ready) ESP_GOTO(esp_engine_stack(e, 0));
   const esp_adapter_kind *kind = e->adapter->kind;
   if (kind->task_begin) ESP_GOTO(kind->task_begin(e->adapter, task));
-  ESP_GOTO(largest(e, c, r->memory.activation_checkpointing));
+  ESP_GOTO(largest(e, c, r->memory.activation_checkpointing, false));
   if (fresh || kind->task_begin) ESP_GOTO(evaluations(e, d, hooks)); /* what an evaluation holds may grow with tasks */
   if (fresh) ESP_GOTO(esp_calibrate(e, r, d, task));
   /* Again with the stack at its full height, now as a whole step over the first rows: this is also what is counted. */
-  ESP_GOTO(largest(e, c, r->memory.activation_checkpointing));
   ESP_GOTO(esp_engine_task(e, task, c));
+  ESP_GOTO(largest(e, c, r->memory.activation_checkpointing, true));
   ESP_GOTO(esp_packs_create(d->task[task], &t->data_cfg, r->seed, task, 0, &packs));
   double before = e->be->stats.flops;
   esp_step_in in = {.packs = packs,

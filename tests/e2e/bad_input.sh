@@ -370,6 +370,9 @@ bad "joint against forgetting" 2 "with policy joint there is nothing to forget" 
 bad "replay with one task" 2 "replay has nothing to replay with one task" $no run r.yaml continual.strategy=replay
 bad "replay of half a sample" 2 "replay.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=replay continual.replay.buffer=1.5
 bad "replay of nothing but the past" 2 "continual.replay.ratio: 1 is out of range" $no run r.yaml continual.replay.ratio=1
+bad "nothing to be taught" 2 "continual.lwf.kl: nothing is taught" $no run r.yaml continual.strategy=lwf continual.lwf.kl=0
+bad "a teacher with another head" 2 "lwf makes the teacher's logits with the frozen head, the adapter changes lm_head" $no run r.yaml continual.strategy=lwf 'adapter.modules_to_save=[lm_head]'
+bad "replay of nothing but the past" 2 "continual.replay.ratio.*1" $no run r.yaml continual.strategy=replay continual.replay.ratio=1
 bad "inspect nothing" 3 "nothere" $no inspect nothere
 bad "resume of another recipe" 2 "recipe" "edit 's/^  lr: .*/  lr: 0.5/' run/recipe.yaml" resume run
 bad "unknown instruction set" 5 "ESPALIER_ISA=vax" "export ESPALIER_ISA=vax" run r.yaml
