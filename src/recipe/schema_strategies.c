@@ -58,6 +58,7 @@ static const esp_key agem_keys[] = {
      .help = "samples of them that a step goes through"},
 };
 STRATEGY(agem, "Strategy agem: no step against the mean gradient of a batch of earlier tasks' samples.");
+
 static const esp_key ewc_keys[] = {
     {"weight", ESP_T_NUMBER, AT(continual.strategy.ewc.weight), .def = "1000", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e12),
      .help = "lambda of lambda/2 sum F (theta - theta_k)^2"},
