@@ -217,7 +217,7 @@ bad "token ids beyond the model's vocabulary" 3 "vocab" "edit 's/\"vocab_size\":
 
 # ---- the data ----
 bad "data missing" 3 "nodata.jsonl: " "edit 's/path: a.jsonl/path: nodata.jsonl/' r.yaml" run r.yaml
-bad "data is a folder" 3 "empty: not a regular file" "edit 's/path: a.jsonl/path: empty/' r.yaml" run r.yaml
+bad "data is a folder" 3 "empty: this folder holds no train.json" "edit 's/path: a.jsonl/path: empty/' r.yaml" run r.yaml
 bad "data empty" 3 "a.jsonl: the dataset is empty" ": >a.jsonl" run r.yaml
 bad "row not JSON" 3 "a.jsonl:2" "edit '2s/.*/{\"prompt\": /' a.jsonl" run r.yaml
 bad "row not an object" 3 "a.jsonl:3" "edit '3s/.*/[1, 2]/' a.jsonl" run r.yaml
