@@ -249,6 +249,8 @@ typedef struct esp_adapter_kind {
   esp_status (*materialise)(esp_adapter *a, esp_site *s, int64_t r0, int64_t n, float *w);
   /* The same for the module's bias, [out]; NULL: the kind never changes a bias. */
   esp_status (*materialise_bias)(esp_adapter *a, esp_site *s, float *bias);
+  /* Optional: the parameters of the low-rank change that is trained now, A [r, in] and B [out, r]; false: none here. */
+  bool (*factors)(const esp_adapter *a, const esp_site *s, int *A, int *B);
   /* The exact low-rank form, where there is one: A [r,in], B [out,r] fp32 host with delta = B A (scale folded in B).
    * Returns r, writes when a/b not NULL. NULL function: none. */
   int64_t (*low_rank)(esp_adapter *a, esp_site *s, float *A, float *B);

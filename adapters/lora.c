@@ -336,6 +336,14 @@ static int64_t lora_low_rank(esp_adapter *a, esp_site *s, float *A, float *B) {
   return total;
 }
 
+static bool lora_factors(const esp_adapter *a, const esp_site *s, int *A, int *B) {
+  const esp_lora_site *ls = a->targeted[s->index] && s->kind == ESP_SITE_LINEAR ? a->site_state[s->index] : NULL;
+  if (!ls) return false;
+  *A = ls->a;
+  *B = ls->b;
+  return true;
+}
+
 static bool lora_wants_output(const esp_adapter *a) {
   return a->cfg.lora_bias;
 }
@@ -386,5 +394,6 @@ const esp_adapter_kind esp_kind_lora = {
     .destroy = lora_destroy,
     .materialise = lora_materialise,
     .materialise_bias = lora_materialise_bias,
+    .factors = lora_factors,
     .low_rank = lora_low_rank,
 };

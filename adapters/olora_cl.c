@@ -103,6 +103,14 @@ static double olora_before_step(esp_adapter *a, int64_t step, int64_t total) {
   return (double)lambda * sum;
 }
 
+static bool olora_factors(const esp_adapter *a, const esp_site *s, int *A, int *B) {
+  const esp_task_site *ts = a->targeted[s->index] ? a->site_state[s->index] : NULL;
+  if (!ts) return false;
+  *A = ts->a[esp_task_ranks_of(a)->current];
+  *B = ts->b[esp_task_ranks_of(a)->current];
+  return true;
+}
+
 static void olora_destroy(esp_adapter *a) {
   esp_task_ranks *tr = a->impl;
   if (!tr) return;
@@ -153,6 +161,7 @@ const esp_adapter_kind esp_kind_olora_cl = {
     .task_begin = esp_task_ranks_begin,
     .in_file = esp_task_ranks_in_file,
     .materialise = esp_task_ranks_materialise,
+    .factors = olora_factors,
     .low_rank = esp_task_ranks_low_rank,
     .config_write = olora_config_write,
     .config_read = olora_config_read,

@@ -162,6 +162,7 @@ void esp_group_forward(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, b
   if (keep_only && !(h && h->output)) return;
   product(run, g, x, y, tails, n, false);
   if (h && h->output) h->output(h->ctx, run, g, x, y, slot);
+  if (run->model->look && !run->train) run->model->look(run->model->look_ctx, run, g, x, y);
 }
 
 /* dW += dy^T x and db += column sums of dy, in fp32, for the sites that are trained in full. */

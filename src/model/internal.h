@@ -91,6 +91,8 @@ struct esp_model {
   esp_site *embed, *positions, *final_norm; /* positions: learned ones, else NULL */
   esp_group *head;
   const esp_adapter_hooks *hooks;
+  esp_model_look look;
+  void *look_ctx;
   void **slots; /* per group index, then per site index (embeddings) */
   esp_saved *saved;
   float *cos_t, *sin_t; /* [rope_rows, rot/2], backend memory */

@@ -91,6 +91,10 @@ const char *esp_model_fingerprint(const esp_model *m) {
 void esp_model_set_hooks(esp_model *m, const esp_adapter_hooks *hooks) {
   m->hooks = hooks;
 }
+void esp_model_set_look(esp_model *m, esp_model_look look, void *ctx) {
+  m->look = look;
+  m->look_ctx = ctx;
+}
 const esp_adapter_hooks *esp_model_hooks(const esp_model *m) {
   return m->hooks;
 }

@@ -194,6 +194,10 @@ void esp_group_apply_dx(esp_run *run, esp_group *g, esp_tensor dy, esp_tensor dx
 
 void esp_model_set_hooks(esp_model *m, const esp_adapter_hooks *hooks); /* NULL: base mode (adapters off) */
 const esp_adapter_hooks *esp_model_hooks(const esp_model *m);
+/* Called for every group in passes without gradients, once its output stands, with what hooks have made of x and y. The
+ * head's rows come in chunks. NULL: nobody looks. */
+typedef void (*esp_model_look)(void *ctx, esp_run *run, const esp_group *g, esp_tensor x, esp_tensor y);
+void esp_model_set_look(esp_model *m, esp_model_look look, void *ctx);
 
 typedef struct esp_loss_out {
   double loss_sum; /* sum of weight * nll */

@@ -369,6 +369,8 @@ static const esp_key continual_keys[] = {
     {"si", ESP_T_OBJECT, .object = &esp_schema_si},
     {"group_lasso", ESP_T_OBJECT, .object = &esp_schema_group_lasso},
     {"lwf", ESP_T_OBJECT, .object = &esp_schema_lwf},
+    {"gpm", ESP_T_OBJECT, .object = &esp_schema_gpm},
+    {"nullspace", ESP_T_OBJECT, .object = &esp_schema_nullspace},
 };
 
 SECTION_OBJECT(model, "The frozen base.");

@@ -15,12 +15,16 @@
 #define BIG 9007199254740992.0 /* 2^53: every integer below is a double */
 #define SECTION_OBJECT(n, h) static const esp_object n##_object = {#n, h, n##_keys, COUNT(n##_keys), 0}
 
-/* schema_strategies.c: the keys of each strategy, continual.<its name>. */
+#define STRATEGY(n, h) const esp_object esp_schema_##n = {#n, h, n##_keys, COUNT(n##_keys), 0}
+
+/* schema_strategies.c, schema_projections.c: the keys of each strategy, continual.<its name>. */
 extern const esp_object esp_schema_agem;
 extern const esp_object esp_schema_ewc;
 extern const esp_object esp_schema_gem;
+extern const esp_object esp_schema_gpm;
 extern const esp_object esp_schema_group_lasso;
 extern const esp_object esp_schema_l2;
+extern const esp_object esp_schema_nullspace;
 extern const esp_object esp_schema_replay;
 extern const esp_object esp_schema_si;
 extern const esp_object esp_schema_replay, esp_schema_l2, esp_schema_lwf;

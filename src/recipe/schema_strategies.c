@@ -1,8 +1,6 @@
 /* schema_strategies.c: the keys of the strategies against forgetting: one object per strategy that has any. */
 #include "recipe/schema_rows.h"
 
-#define STRATEGY(n, h) const esp_object esp_schema_##n = {#n, h, n##_keys, COUNT(n##_keys), 0}
-
 static const esp_key replay_keys[] = {
     {"buffer", ESP_T_SHARE, AT(continual.strategy.replay.buffer), .def = "1%", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e9),
      .help = "samples kept of all finished tasks together, or a percentage of each one's"},
@@ -38,26 +36,6 @@ static const esp_key l2_keys[] = {
      .help = "lambda of lambda/2 |theta - theta_previous|^2"},
 };
 STRATEGY(l2, "Strategy l2: parameters stay near those of the task before.");
-
-static const esp_key gem_keys[] = {
-    {"buffer", ESP_T_SHARE, AT(continual.strategy.gem.buffer), .def = "1%", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e9),
-     .help = "samples kept of all finished tasks together, or a percentage of each one's; a step goes through all"},
-    {"sampler", ESP_T_WORD, AT(continual.strategy.gem.sampler), .def = "balanced",
-     WORDS("reservoir", "balanced", "loss"), .help = "which are kept, as in replay"},
-    {"margin", ESP_T_NUMBER, AT(continual.strategy.gem.margin), .def = "0.5", RANGE(0, 1e6),
-     .help = "least multiplier of every earlier task once one is violated (memory strength)"},
-};
-STRATEGY(gem, "Strategy gem: no step against the gradient of an earlier task's samples.");
-
-static const esp_key agem_keys[] = {
-    {"buffer", ESP_T_SHARE, AT(continual.strategy.agem.buffer), .def = "1%", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e9),
-     .help = "samples kept of all finished tasks together, or a percentage of each one's"},
-    {"sampler", ESP_T_WORD, AT(continual.strategy.agem.sampler), .def = "balanced",
-     WORDS("reservoir", "balanced", "loss"), .help = "which are kept, as in replay"},
-    {"batch", ESP_T_INT, AT(continual.strategy.agem.batch), .def = "32", RANGE(1, BIG),
-     .help = "samples of them that a step goes through"},
-};
-STRATEGY(agem, "Strategy agem: no step against the mean gradient of a batch of earlier tasks' samples.");
 
 static const esp_key ewc_keys[] = {
     {"weight", ESP_T_NUMBER, AT(continual.strategy.ewc.weight), .def = "1000", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e12),

@@ -9,11 +9,13 @@ extern const esp_strategy_kind esp_strategy_ewc;
 extern const esp_strategy_kind esp_strategy_gem;
 extern const esp_strategy_kind esp_strategy_group_lasso;
 extern const esp_strategy_kind esp_strategy_l2;
+extern const esp_strategy_kind esp_strategy_lwf;
+extern const esp_strategy_kind esp_strategy_gpm;
+extern const esp_strategy_kind esp_strategy_nullspace;
 extern const esp_strategy_kind esp_strategy_replay;
 extern const esp_strategy_kind esp_strategy_si;
 
 /* gem.c: v = argmin 1/2 v^T P v + c^T v with v >= margin; P [n, n] symmetric and positive semidefinite. */
 esp_status esp_gem_solve(int n, const double *p, const double *c, double margin, double *v);
-extern const esp_strategy_kind esp_strategy_lwf;
 
 #endif

@@ -13,6 +13,8 @@ static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_si,
     &esp_strategy_group_lasso,
     &esp_strategy_lwf,
+    &esp_strategy_gpm,
+    &esp_strategy_nullspace,
 };
 /* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };

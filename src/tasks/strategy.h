@@ -61,6 +61,10 @@ typedef struct esp_strategy_cfg {
   struct {
     double weight;
   } group_lasso;
+  struct {
+    double energy;           /* share of the inputs' squared length that bases hold */
+    int64_t samples, tokens; /* of each task; rows of each layer's input */
+  } gpm, nullspace;
 } esp_strategy_cfg;
 
 /* The run as a strategy sees it. Filled in by the room that trains; model, adapter and optim are those of the present
@@ -77,6 +81,7 @@ typedef struct esp_sequence {
   const esp_data_cfg *const *data_cfg; /* [n_tasks] */
   const char *const *task_name;
   int task, n_tasks;
+  bool one_adapter;    /* it lives through all tasks */
   int64_t micro_batch; /* rows of one micro-batch of the present task */
   int64_t max_tokens;  /* of its largest micro-batch, padded */
   int64_t epoch_steps; /* optimizer steps of one pass over its data */

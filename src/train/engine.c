@@ -120,6 +120,7 @@ esp_status esp_engine_strategies(esp_engine *e, const esp_train_data *data, cons
                                .data_cfg = (const esp_data_cfg *const *)lists,
                                .task_name = (const char *const *)(lists + n),
                                .n_tasks = r->n_tasks,
+                               .one_adapter = r->continual.policy == ESP_POLICY_CONTINUE,
                                .ckpt = r->memory.activation_checkpointing,
                                .seed = r->seed,
                                .ctx = hooks ? hooks->ctx : NULL,

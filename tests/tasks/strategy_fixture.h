@@ -91,6 +91,7 @@ static inline void sf_open(sf *f, const esp_adapter_cfg *adapter, const esp_stra
                         .data_cfg = f->cfgs,
                         .task_name = f->names,
                         .n_tasks = SF_TASKS,
+                        .one_adapter = true,
                         .micro_batch = 4,
                         .max_tokens = 256,
                         .epoch_steps = 3,
