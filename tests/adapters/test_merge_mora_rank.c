@@ -175,7 +175,8 @@ static void nearest(void **state) {
     fx_close(&r);
     esp_merge_spec merge = {.base = qwen, .adapters = (const char *const[]){from}, .n_adapters = 1, .out = to};
     refused(esp_merge_write(&merge, NULL), "export --as lora");
-    esp_merge_method linear = {.name = "linear"};
+    esp_merge_method linear = ESP_MERGE_METHOD;
+    linear.name = "linear";
     esp_combine_spec sum = {.base = qwen, .adapters = merge.adapters, .n_adapters = 1, .out = to, .method = &linear};
     refused(esp_combine_write(&sum, &stats), "mora_rank");
     OK(esp_export_write(qwen, from, to, true, i == 1, 0, &stats));
