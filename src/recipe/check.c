@@ -199,6 +199,18 @@ static void place_outputs(esp_binder *b) {
   }
 }
 
+/* For `branch`: the schedule of each task, where each ends with a decay. */
+static void task_schedules(esp_binder *b) {
+  esp_recipe *r = b->recipe;
+  esp_schedule *list = esp_bind_alloc(b, sizeof *list * (size_t)(r->n_tasks + 1));
+  bool all = list != NULL;
+  for (int i = 0; i < r->n_tasks && all; i++) {
+    list[i] = r->schedule_restart ? r->tasks[i].schedule : r->schedule;
+    all = esp_schedule_decay_steps(&list[i], INT32_MAX) > 0 && (r->schedule_restart || list[i].name != ESP_SCHED_WSD);
+  }
+  r->continual.strategy.branch.schedule = all ? list : NULL;
+}
+
 /* Strategies against forgetting: their own rules, and those with the adapter and the policy. */
 static void check_strategies(esp_binder *b, const esp_node *root) {
   const esp_recipe *r = b->recipe;
@@ -206,6 +218,7 @@ static void check_strategies(esp_binder *b, const esp_node *root) {
   if (r->continual.policy == ESP_POLICY_JOINT && c->n > 0)
     esp_bind_error(b, node_at(root, "continual", "strategy"),
                    "continual.strategy: with policy joint there is nothing to forget");
+  task_schedules(b);
   bool moves = false, one = r->continual.policy == ESP_POLICY_CONTINUE || r->n_tasks == 1;
   for (int i = 0; i < r->n_tasks; i++) {
     const esp_adapter_kind *kind = r->tasks[i].adapter.type ? esp_adapter_find(r->tasks[i].adapter.type) : NULL;

@@ -5,6 +5,7 @@
 #include "tasks/strategy.h"
 
 extern const esp_strategy_kind esp_strategy_agem;
+extern const esp_strategy_kind esp_strategy_branch;
 extern const esp_strategy_kind esp_strategy_ewc;
 extern const esp_strategy_kind esp_strategy_gem;
 extern const esp_strategy_kind esp_strategy_group_lasso;

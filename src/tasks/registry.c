@@ -15,6 +15,7 @@ static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_lwf,
     &esp_strategy_gpm,
     &esp_strategy_nullspace,
+    &esp_strategy_branch,
 };
 /* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };

@@ -65,6 +65,9 @@ typedef struct esp_strategy_cfg {
     double energy;           /* share of the inputs' squared length that bases hold */
     int64_t samples, tokens; /* of each task; rows of each layer's input */
   } gpm, nullspace;
+  struct {
+    const esp_schedule *schedule; /* of each task, from the recipe's schedule; NULL: none that decays in each */
+  } branch;
 } esp_strategy_cfg;
 
 /* The run as a strategy sees it. Filled in by the room that trains; model, adapter and optim are those of the present

@@ -367,6 +367,8 @@ bad "sweep into a file" 3 "a.jsonl" $no sweep r.yaml --out a.jsonl/x
 bad "order with a task twice" 2 "continual.order: 'a' stands twice" $no run r.yaml 'continual.order=[a, a]'
 bad "strategy that is none" 2 "continual.strategy: 'ewk' is not one of" $no run r.yaml continual.strategy=ewk
 bad "strategy named twice" 2 "continual.strategy: l2 is named twice" $no run r.yaml 'continual.strategy=[l2, l2]'
+bad "branch of a schedule that does not decay" 2 "branch needs a schedule that decays at the end of each task" $no run r.yaml continual.strategy=branch
+bad "branch of a decay at the run's end" 2 "branch needs a schedule that decays at the end of each task" $no run r.yaml continual.strategy=branch schedule.name=wsd schedule.restart=continuous
 bad "values held for ranks that move" 2 "l2 holds a value for each parameter" $no run r.yaml continual.strategy=l2 adapter.type=adalora
 bad "values held for adapters that come and go" 2 "l2 needs one adapter through all tasks" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=l2 continual.policy=new_per_task
 bad "joint against forgetting" 2 "with policy joint there is nothing to forget" $no run r.yaml continual.policy=joint continual.strategy=l2

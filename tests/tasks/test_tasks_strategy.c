@@ -138,11 +138,67 @@ static void exchange(void **state) {
   sf_close(&f);
 }
 
+/* branch: what a decay did to parameters and optimizer is in force while it is measured, and gone afterwards; an
+ * evaluation in the middle of the task undoes nothing. */
+static void branch(void **state) {
+  (void)state;
+  static const char *const names[] = {"branch"};
+  esp_schedule course[SF_TASKS];
+  for (int i = 0; i < SF_TASKS; i++)
+    course[i] = (esp_schedule){.name = ESP_SCHED_INFINITE, .anneal_steps = 2, .constant_ratio = 1, .min_lr_ratio = 0.1};
+  esp_strategy_cfg cfg = {.names = names, .n = 1, .branch = {course}};
+  sf f;
+  sf_open(&f, NULL, &cfg);
+  int64_t n = f.a->params->total;
+  size_t bytes = (size_t)n * sizeof(float);
+  float *kept = NULL, *kept_state[2] = {0};
+  sf_task(&f, 0);
+  for (int step = 0; step < 6; step++) {
+    sf_step(&f, step, 6, 4);
+    OK(esp_strategies_deploy(&f.set, &f.q, true));
+    OK(esp_strategies_deploy(&f.set, &f.q, false));
+    assert_int_equal(f.optim->step, step + 1);
+    if (step != 3) continue;
+    kept = fx_masters(f.a);
+    for (int i = 0; i < 2; i++) {
+      kept_state[i] = malloc(bytes);
+      f.r.be->ops->download(f.r.be, kept_state[i], f.optim->state[i], (int64_t)bytes);
+    }
+    OK(esp_backend_sync(f.r.be));
+  }
+  float *end = fx_masters(f.a);
+  assert_memory_not_equal(end, kept, bytes);
+  OK(esp_strategies_task_end(&f.set, &f.q));
+  OK(esp_strategies_deploy(&f.set, &f.q, true));
+  float *measured = fx_masters(f.a);
+  assert_memory_equal(measured, end, bytes);
+  OK(esp_strategies_deploy(&f.set, &f.q, false));
+  float *back = fx_masters(f.a), *got = malloc(bytes);
+  assert_memory_equal(back, kept, bytes);
+  for (int i = 0; i < 2; i++) {
+    f.r.be->ops->download(f.r.be, got, f.optim->state[i], (int64_t)bytes);
+    OK(esp_backend_sync(f.r.be));
+    assert_memory_equal(got, kept_state[i], bytes);
+    free(kept_state[i]);
+  }
+  assert_int_equal(f.optim->step, 4);
+  free(kept);
+  free(end);
+  free(measured);
+  free(back);
+  free(got);
+  sf_close(&f);
+}
+
 int main(void) {
   fx_setup();
   sf_setup();
-  const struct CMUnitTest tests[] = {cmocka_unit_test(rules), cmocka_unit_test(arrays), cmocka_unit_test(l2_penalty),
-                                     cmocka_unit_test(gradients_of_samples), cmocka_unit_test(exchange)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(branch),
+                                     cmocka_unit_test(rules),
+                                     cmocka_unit_test(arrays),
+                                     cmocka_unit_test(l2_penalty),
+                                     cmocka_unit_test(gradients_of_samples),
+                                     cmocka_unit_test(exchange)};
   int failed = cmocka_run_group_tests(tests, NULL, NULL);
   fx_teardown();
   return failed;
