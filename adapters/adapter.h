@@ -119,6 +119,8 @@ typedef struct esp_adapter_cfg {
   const char *prompt_text;   /* prompt_init text: the rows start as its embeddings */
   const int32_t *prompt_ids; /* its tokens: filled in where there is a tokenizer */
   int n_prompt_ids;
+  bool prefix_projection; /* trained through a network of one hidden layer */
+  int64_t encoder_hidden; /* its width; 0: that of keys */
   /* mora_rank */
   double gate_temperature, gate_threshold;
   int64_t gate_top_k;               /* 0: all */

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "adapters/internal.h"
+#include "adapters/prefix.h"
 #include "core/rng.h"
 #include "io/json.h"
 
@@ -28,12 +29,18 @@ static esp_status prefix_check(const esp_adapter_cfg *c) {
 }
 
 static esp_status prefix_open(esp_adapter *a) {
-  return esp_virtual_params(a, esp_model_describe(a->model)->layers * 2 * kv_width(a));
+  ESP_TRY(esp_virtual_params(a, esp_model_describe(a->model)->layers * 2 * kv_width(a)));
+  return a->cfg.prefix_projection ? esp_prefix_fold_open(a, kv_width(a)) : ESP_OK;
+}
+
+static void prefix_destroy(esp_adapter *a) {
+  if (a->cfg.prefix_projection) esp_prefix_fold_destroy(a);
 }
 
 static esp_status prefix_start(esp_adapter *a) {
   const esp_param *p = &a->params->list[0];
   uint64_t stream = esp_rng_stream_name(ESP_RNG_INIT, p->name);
+  if (a->cfg.prefix_projection) return esp_prefix_fold_start(a, from_zero(&a->cfg));
   if (from_zero(&a->cfg)) return ESP_OK;
   float *x = esp_mem_alloc(ESP_MEM_HOST, (size_t)p->numel * sizeof *x);
   if (!x) return ESP_ERR_MEMORY;
@@ -57,7 +64,24 @@ static void put(esp_run *run, esp_tensor rows, esp_tensor x) {
   esp_stack_release(run->stack, mark);
 }
 
+/* The rows of the file from those of the network, which the last step has changed. */
+static esp_status prefix_savable(const esp_adapter *a) {
+  esp_backend *be = a->params->be;
+  if (!a->cfg.prefix_projection) return ESP_OK;
+  float *scratch = be->ops->alloc(be, ESP_MEM_WORKSPACE, 2 * esp_prefix_fold_scratch(a) * (int64_t)sizeof *scratch);
+  if (!scratch) return esp_backend_why_null(be);
+  esp_prefix_fold(a, scratch);
+  esp_status st = esp_backend_sync(be);
+  be->ops->free(be, scratch);
+  return st;
+}
+
 static void prefix_kv(esp_adapter *a, esp_run *run, int layer, esp_tensor k, esp_tensor v) {
+  if (a->cfg.prefix_projection && layer == 0) {
+    int64_t mark = esp_stack_mark(run->stack);
+    esp_prefix_fold(a, esp_stack_push(run->stack, 2 * esp_prefix_fold_scratch(a) * (int64_t)sizeof(float)));
+    esp_stack_release(run->stack, mark);
+  }
   esp_tensor all = esp_param_shadow(a->params, 0);
   put(run, part(a, all, layer, false), k);
   put(run, part(a, all, layer, true), v);
@@ -84,14 +108,19 @@ static void prefix_kv_bwd(esp_adapter *a, esp_run *run, int layer, esp_tensor dk
   esp_tensor all = a->trainable ? esp_param_grad(a->params, 0) : esp_param_shadow(a->params, 0);
   take(a, run, part(a, all, layer, false), dk);
   take(a, run, part(a, all, layer, true), dv);
+  if (!a->cfg.prefix_projection || layer > 0 || !a->trainable) return;
+  int64_t mark = esp_stack_mark(run->stack);
+  esp_prefix_fold_bwd(a, esp_stack_push(run->stack, 3 * esp_prefix_fold_scratch(a) * (int64_t)sizeof(float)));
+  esp_stack_release(run->stack, mark);
 }
 
 static void prefix_config_write(const esp_adapter *a, json_t *j) {
   int64_t width = kv_width(a);
   esp_virtual_config_write(a, j, esp_model_describe(a->model)->kv_heads, width);
-  json_object_set_new(j, "encoder_hidden_size", json_integer((json_int_t)width));
+  json_object_set_new(j, "encoder_hidden_size",
+                      json_integer((json_int_t)(a->cfg.encoder_hidden ? a->cfg.encoder_hidden : width)));
   json_object_set_new(j, "init_weights", from_zero(&a->cfg) ? json_string("zero") : json_null());
-  json_object_set_new(j, "prefix_projection", json_false());
+  json_object_set_new(j, "prefix_projection", json_false()); /* the file holds what the network gives */
 }
 
 static esp_status prefix_config_read(const json_t *j, const char *path, esp_arena *arena, esp_adapter_cfg *c) {
@@ -100,6 +129,7 @@ static esp_status prefix_config_read(const json_t *j, const char *path, esp_aren
   ESP_TRY(esp_json_str(j, "init_weights", path, 0, &init));
   if (init && strcmp(init, "zero")) return esp_fail(ESP_ERR_DATA, "%s: init_weights '%s' is not known", path, init);
   if (init) c->prompt_init = "zero";
+  ESP_TRY(esp_json_i64(j, "encoder_hidden_size", path, 0, &c->encoder_hidden)); /* of a network that is gone */
   return ESP_OK;
 }
 
@@ -111,6 +141,8 @@ const esp_adapter_kind esp_kind_prefix = {
     .virtual_tokens = esp_virtual_count,
     .open = prefix_open,
     .start = prefix_start,
+    .destroy = prefix_destroy,
+    .savable = prefix_savable,
     .kv = prefix_kv,
     .kv_bwd = prefix_kv_bwd,
     .config_write = prefix_config_write,

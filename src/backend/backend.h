@@ -65,7 +65,7 @@ typedef struct esp_decode_args {
   int window;
 } esp_decode_args;
 
-typedef enum esp_act { ESP_ACT_SILU, ESP_ACT_GELU_TANH, ESP_ACT_GELU_ERF, ESP_ACT_RELU } esp_act;
+typedef enum esp_act { ESP_ACT_SILU, ESP_ACT_GELU_TANH, ESP_ACT_GELU_ERF, ESP_ACT_TANH, ESP_ACT_RELU } esp_act;
 typedef enum esp_norm_kind { ESP_NORM_RMS, ESP_NORM_LAYER } esp_norm_kind;
 
 /* y = norm(r) * (w + offset) + b, with r = x + residual when residual.data != NULL (r is then written to r_out, which

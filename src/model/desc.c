@@ -255,6 +255,7 @@ static esp_status read_act(const json_t *o, const char *key, const char *path, c
               {"gelu_new", ESP_ACT_GELU_TANH},
               {"gelu_pytorch_tanh", ESP_ACT_GELU_TANH},
               {"gelu_fast", ESP_ACT_GELU_TANH},
+              {"tanh", ESP_ACT_TANH},
               {"relu", ESP_ACT_RELU}};
   const char *name = fallback;
   ESP_TRY(esp_json_str(o, key, path, 0, &name));

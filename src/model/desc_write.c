@@ -23,6 +23,8 @@ static const char *act_name(esp_act a) {
     return "gelu_new";
   case ESP_ACT_GELU_ERF:
     return "gelu";
+  case ESP_ACT_TANH:
+    return "tanh";
   case ESP_ACT_RELU:
     return "relu";
   }

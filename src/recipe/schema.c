@@ -146,6 +146,11 @@ static const esp_key adapter_keys[] = {
      WORDS("default", "vocab", "text", "random", "zero"), .aliases = "prompt_tuning_init", .of = "prompt prefix",
      .help = "first values; prompt: embeddings of random tokens (default), of prompt_text, or N(0, 1); prefix: random "
              "(default) or zero"},
+    {"prefix_projection", ESP_T_BOOL, AT(adapter.prefix_projection), .def = "false", .of = "prefix",
+     .help = "prefix: trained through a network of one hidden layer, which the file does not hold"},
+    {"encoder_hidden", ESP_T_INT, AT(adapter.encoder_hidden), .def = "auto", RANGE(1, 1048576), .word = "auto",
+     .aliases = "encoder_hidden_size", .of = "prefix",
+     .help = "prefix, with prefix_projection: width of its hidden layer; auto: that of a layer's keys"},
     {"prompt_text", ESP_T_STRING, AT(adapter.prompt_text), .aliases = "prompt_tuning_init_text", .of = "prompt",
      .help = "prompt: the text that the rows start as, repeated or cut to virtual_tokens tokens"},
     {"gate_temperature", ESP_T_NUMBER, AT(adapter.gate_temperature), .def = "0.2", .flags = ESP_K_ABOVE_MIN,

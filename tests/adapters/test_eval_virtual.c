@@ -18,6 +18,7 @@ static const struct {
     {"prompt, learned positions", "gpt2", {.type = "prompt", .virtual_tokens = 4, .seed = 3}},
     {"prefix", "qwen", {.type = "prefix", .virtual_tokens = 5, .seed = 3}},
     {"prefix, learned positions", "gpt2", {.type = "prefix", .virtual_tokens = 4, .seed = 3}},
+    {"prefix through a network", "qwen", {.type = "prefix", .virtual_tokens = 5, .seed = 3, .prefix_projection = true}},
 };
 enum { N_CASES = sizeof cases / sizeof cases[0] };
 

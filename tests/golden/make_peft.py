@@ -6,6 +6,7 @@ Made with torch 2.15.0, transformers 5.23.0 and peft 0.21.2 over the bases of te
 Each folder holds start/ (an adapter directory as PEFT saves it, with random values everywhere) and expect.safetensors:
   ids.k, targets.k, weights.k, cu    four batches of two sequences packed in one row
   logits [T, vocab]                  of batch 0 with the start adapter
+  start.<name>                       of a prefix that is trained through a network: its parameters, not in the file
   grad.<key of the file>             gradient of the loss of batch 0, loss = sum(weights * nll) / sum(weights)
   losses [20], end.<key>             AdamW (lr 5e-3, 0.9, 0.999, eps 1e-4, decay 0.1 on matrices), batch = step % 4
 targets.json: check_target_module_exists and get_pattern_key on a list of cases.
@@ -76,6 +77,7 @@ CASES = [
     ("prefix_norms", "qwen3", dict(kind="PrefixTuningConfig", num_virtual_tokens=5)),
     ("prefix_positions", "gpt2", dict(kind="PrefixTuningConfig", num_virtual_tokens=3)),
     ("prefix_window", "mistral", dict(kind="PrefixTuningConfig", num_virtual_tokens=4, init_weights="zero")),
+    ("prefix_projection", "qwen3", dict(kind="PrefixTuningConfig", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=20)),
 ]
 LENGTHS = [11, 17]
 
@@ -120,6 +122,8 @@ def penalty(model):
 def file_state(model, values):
     """The keys of the adapter file, with the given tensors (by parameter name) in the place of the parameters."""
     if model.active_peft_config.is_prompt_learning:
+        if getattr(model.active_peft_config, "prefix_projection", False):  # trained through a network: not in the file
+            return {k.replace(".default", ""): v for k, v in values.items()}
         return {"prompt_embeddings": values["prompt_encoder.default.embedding.weight"]}
     state = model.state_dict()
     state = {k: values.get(k, torch.zeros_like(v)) for k, v in state.items()}
@@ -154,6 +158,9 @@ def make(folder, base, config, seed):
     data, cu = batches(45, seed)
     logits, loss = forward(model, data[0], cu)
     expect = dict(cu=torch.tensor(cu, dtype=torch.int32), logits=logits.detach())
+    if config.is_prompt_learning and getattr(config, "prefix_projection", False):
+        values = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        expect.update({"start." + k: v.clone() for k, v in file_state(model, values).items()})
     for k, (ids, targets, weights) in enumerate(data):
         expect.update({f"ids.{k}": ids.int(), f"targets.{k}": targets.int(), f"weights.{k}": weights})
     loss.backward()

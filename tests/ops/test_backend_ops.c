@@ -16,6 +16,8 @@ static double act_ref(double x, esp_act act) {
     return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
   case ESP_ACT_GELU_ERF:
     return 0.5 * x * erfc(-x / sqrt(2));
+  case ESP_ACT_TANH:
+    return tanh(x);
   default:
     return x > 0 ? x : 0;
   }

@@ -9,6 +9,8 @@ INLINE vf act_value(vf x, const esp_act act) {
     return x * vsigmoid(vset(1.5957691216057308f) * vfma(x * x * x, vset(0.044715f), x));
   case ESP_ACT_GELU_ERF:
     return x * vphi(x);
+  case ESP_ACT_TANH:
+    return vtanh(x);
   default:
     return vmax(vset(0.0f), x);
   }
@@ -31,6 +33,9 @@ INLINE vf act_slope(vf x, const esp_act act, vf *value) {
     *value = x * c;
     return c + x * vset(0.3989422804014327f) * vexp(vset(-0.5f) * x * x);
   }
+  case ESP_ACT_TANH:
+    *value = vtanh(x);
+    return vset(4.0f) * vsigmoid(x + x) * vsigmoid(-x - x); /* 1 - tanh^2 without cancellation */
   default:
     *value = vmax(vset(0.0f), x);
     return vsel_lt(vset(0.0f), x, vset(1.0f), vset(0.0f));
@@ -48,6 +53,9 @@ INLINE vf act_slope(vf x, const esp_act act, vf *value) {
       break;                                                                                                           \
     case ESP_ACT_GELU_ERF:                                                                                             \
       BODY(ESP_ACT_GELU_ERF);                                                                                          \
+      break;                                                                                                           \
+    case ESP_ACT_TANH:                                                                                                 \
+      BODY(ESP_ACT_TANH);                                                                                              \
       break;                                                                                                           \
     default:                                                                                                           \
       BODY(ESP_ACT_RELU);                                                                                              \

@@ -69,6 +69,15 @@ struct act_gelu_erf {
     return c + x * 0.3989422804014327f * expf(-0.5f * x * x);
   }
 };
+struct act_tanh {
+  static __device__ __forceinline__ float value(float x) {
+    return tanhf(x);
+  }
+  static __device__ __forceinline__ float slope(float x, float *value) {
+    *value = tanhf(x);
+    return 4.0f * sigmoid(2.0f * x) * sigmoid(-2.0f * x); /* 1 - tanh^2 without cancellation */
+  }
+};
 struct act_relu { /* a NaN stays one */
   static __device__ __forceinline__ float value(float x) {
     return x < 0.0f ? 0.0f : x;
@@ -167,6 +176,8 @@ template <class F> void by_act(esp_act act, esp_access access, F launch) {
     return with(act_gelu_tanh());
   case ESP_ACT_GELU_ERF:
     return with(act_gelu_erf());
+  case ESP_ACT_TANH:
+    return with(act_tanh());
   default:
     return with(act_relu());
   }
