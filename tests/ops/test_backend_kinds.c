@@ -179,8 +179,9 @@ static void test_scale_gradients(void **state) {
 static const struct {
   int64_t rows, p, q;
   int blocks;
-} block_shapes[] = {{1, 1, 1, 1},    {5, 2, 2, 7},    {3, 3, 5, 4},   {17, 4, 4, 9}, {9, 8, 8, 3},    {20, 7, 13, 5},
-                    {33, 16, 16, 4}, {70, 32, 32, 3}, {4, 31, 17, 2}, {6, 64, 8, 3}, {40, 64, 64, 2}, {35, 96, 80, 2}};
+} block_shapes[] = {{1, 1, 1, 1},    {5, 2, 2, 7},    {3, 3, 5, 4},    {17, 4, 4, 9},   {9, 8, 8, 3},
+                    {20, 7, 13, 5},  {33, 16, 16, 4}, {70, 32, 32, 3}, {4, 31, 17, 2},  {6, 64, 8, 3},
+                    {40, 64, 64, 2}, {35, 96, 80, 2}, {37, 48, 16, 5}, {21, 16, 48, 3}, {64, 32, 64, 2}};
 #define EACH_BLOCKS(i) for (size_t i = 0; i < sizeof block_shapes / sizeof *block_shapes; i++)
 
 /* y_g += x_g op(m_g) over everything, in fp64 */

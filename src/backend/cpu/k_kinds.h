@@ -91,9 +91,36 @@ INLINE void outer_row(char *y, const bool yb, const void *x, bool xb, const void
                       int64_t Q) {
   for (int64_t p = 0; p < P; p++, y += (size_t)Q * (yb ? 2 : 4)) axpby_row(y, yb, at_t(x, p, xb), z, zb, 0.0f, Q);
 }
+/* The same where Q is a small constant: a register holds several p. */
+INLINE void outer_row_small(char *y, const bool yb, const void *x, bool xb, const void *z, bool zb, int64_t P,
+                            const int Q) {
+  float right[VL], left[VL];
+  for (int q = 0; q < VL; q++) right[q] = at_t(z, q % Q, zb);
+  vf zr = ld(right);
+  for (int64_t p = 0, n = P * Q; n > 0; p += VL / Q, n -= VL) {
+    for (int k = 0; k < VL; k++) left[k] = at_t(x, p + k / Q < P ? p + k / Q : P - 1, xb);
+    stt(y, p * Q, yb, ld(left) * zr, n);
+  }
+}
+
 static void k_khatri_rao(esp_tensor y, esp_tensor x, esp_tensor z, int64_t r0, int64_t r1) {
   int64_t P = esp_tensor_cols(&x), Q = esp_tensor_cols(&z);
   bool xb = esp_is_b(&x);
+#define SMALL(Q_)                                                                                                      \
+  for (int64_t r = r0; r < r1; r++)                                                                                    \
+    if (esp_is_b(&y))                                                                                                  \
+      outer_row_small(esp_row(&y, r), true, esp_row(&x, r), xb, esp_row(&z, r), esp_is_b(&z), P, Q_);                  \
+    else                                                                                                               \
+      outer_row_small(esp_row(&y, r), false, esp_row(&x, r), xb, esp_row(&z, r), esp_is_b(&z), P, Q_)
+  if (Q == 4) {
+    SMALL(4);
+    return;
+  }
+  if (Q == 2) {
+    SMALL(2);
+    return;
+  }
+#undef SMALL
 #define BODY(yb, zb)                                                                                                   \
   for (int64_t r = r0; r < r1; r++) outer_row(esp_row(&y, r), yb, esp_row(&x, r), xb, esp_row(&z, r), zb, P, Q)
   BY_TYPES2(BODY, y, z);
@@ -106,12 +133,33 @@ INLINE void outer_row_bwd(float *dx, float *dz, const char *dy, const bool yb, c
     if (dz) axpby_row(dz, false, at_t(x, p, xb), dy, yb, 1.0f, Q);
   }
 }
+INLINE void outer_row_bwd_small(float *dx, float *dz, const float *dy, const void *x, bool xb, const void *z, bool zb,
+                                int64_t P, const int Q) {
+  float left, right[8], sum[8] = {0};
+  for (int q = 0; q < Q; q++) right[q] = at_t(z, q, zb);
+  for (int64_t p = 0; p < P; p++, dy += Q) {
+    float s = 0;
+    for (int q = 0; q < Q; q++) s += dy[q] * right[q];
+    if (dx) dx[p] += s;
+    left = at_t(x, p, xb);
+    for (int q = 0; q < Q; q++) sum[q] += left * dy[q];
+  }
+  for (int q = 0; dz && q < Q; q++) dz[q] += sum[q];
+}
 static void k_khatri_rao_bwd(esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z, int64_t r0,
                              int64_t r1) {
   int64_t P = esp_tensor_cols(&x), Q = esp_tensor_cols(&z);
   bool xb = esp_is_b(&x);
   for (int64_t r = r0; r < r1; r++) {
     float *dxr = dx.data ? esp_row(&dx, r) : NULL, *dzr = dz.data ? esp_row(&dz, r) : NULL;
+    if ((Q == 4 || Q == 8) && !esp_is_b(&dy)) {
+      bool zb = esp_is_b(&z);
+      if (Q == 4)
+        outer_row_bwd_small(dxr, dzr, esp_row(&dy, r), esp_row(&x, r), xb, esp_row(&z, r), zb, P, 4);
+      else
+        outer_row_bwd_small(dxr, dzr, esp_row(&dy, r), esp_row(&x, r), xb, esp_row(&z, r), zb, P, 8);
+      continue;
+    }
 #define BODY(yb, zb) outer_row_bwd(dxr, dzr, esp_row(&dy, r), yb, esp_row(&x, r), xb, esp_row(&z, r), zb, P, Q)
     BY_TYPES2(BODY, dy, z);
 #undef BODY

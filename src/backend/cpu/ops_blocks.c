@@ -3,10 +3,12 @@
 #include <assert.h>
 #include <string.h>
 
+#include "backend/cpu/blocks_amx.h"
 #include "backend/cpu/gemm.h"
 #include "backend/cpu/ops.h"
 #include "backend/cpu/range.h"
 #include "backend/cpu/work.h"
+#include "core/cpu.h"
 
 enum { BLOCK_ROWS = 64, BLOCK_COLUMNS = 512 }; /* of a chunk: small blocks of m are read once for 64 tokens */
 
@@ -50,6 +52,52 @@ static void matmul_part(const void *op, const esp_kernels *k, int64_t a, int64_t
   }
 }
 
+/* ---- the same through tiles ---- */
+typedef struct tiles_op {
+  esp_amx_blocks part;
+  esp_tensor m;
+  uint16_t *packed;
+  int64_t n, groups; /* blocks of a chunk */
+  bool trans;
+} tiles_op;
+
+static bool by_tiles(const esp_tensor *x, const esp_tensor *other, int64_t p, int64_t q) {
+  return esp_cpu_isa() == ESP_ISA_AMX && esp_amx_blocks_fit(x, other, p, q);
+}
+static void pack_tiles_part(const void *op, const esp_kernels *k, int64_t a, int64_t b) {
+  (void)k;
+  const tiles_op *o = op;
+  int64_t size = esp_amx_block_elements(o->part.p, o->part.q);
+  for (int64_t g = a; g < b; g++) esp_amx_block_pack(o->packed + g * size, o->m, g, o->part.p, o->part.q, o->trans);
+}
+static void tiles_part(const void *op, const esp_kernels *k, int64_t a, int64_t b) {
+  (void)k;
+  const tiles_op *o = op;
+  int64_t across = (o->n + o->groups - 1) / o->groups, rows = esp_tensor_rows(&o->part.y);
+  for (int64_t c = a; c < b; c++) {
+    int64_t r0 = c / across * BLOCK_ROWS, g0 = c % across * o->groups;
+    int64_t r1 = r0 + BLOCK_ROWS < rows ? r0 + BLOCK_ROWS : rows, g1 = g0 + o->groups < o->n ? g0 + o->groups : o->n;
+    esp_amx_block_matmul(&o->part, r0, r1, g0, g1);
+  }
+}
+static void matmul_tiles(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,
+                         float alpha, float beta) {
+  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&y) / blocks, size = esp_amx_block_elements(p, q);
+  if (be->sticky != ESP_OK || esp_tensor_numel(&y) == 0) return;
+  tiles_op o = {.m = m, .trans = trans, .n = blocks, .groups = 1 + BLOCK_COLUMNS / q};
+  o.part = (esp_amx_blocks){.x = x, .y = y, .p = p, .q = q, .alpha = alpha, .beta = beta};
+  o.part.to_next = shared ? 0 : size;
+  o.part.m = o.packed = esp_cpu_work(be, esp_cpu_work_block_matmul(p, q, blocks, shared));
+  if (!o.packed) return;
+  esp_split(be, shared ? 1 : blocks, esp_row_step(size), &o, pack_tiles_part);
+  int64_t across = (o.n + o.groups - 1) / o.groups, down = (esp_tensor_rows(&y) + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  esp_split(be, across * down, 1, &o, tiles_part);
+}
+static void grad_tiles_part(const void *op, const esp_kernels *k, int64_t g0, int64_t g1) {
+  (void)k;
+  esp_amx_block_grad(op, g0, g1);
+}
+
 static void matmul_small(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,
                          float alpha, float beta) {
   if (be->sticky != ESP_OK || esp_tensor_numel(&y) == 0) return;
@@ -82,6 +130,10 @@ void esp_cpu_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tenso
   int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&y) / blocks, rows = trans ? q : p;
   assert(esp_tensor_rows(&m) == (shared ? rows : rows * blocks) && esp_tensor_cols(&m) == (trans ? p : q));
   assert(esp_tensor_rows(&y) == esp_tensor_rows(&x));
+  if (esp_cpu_block_small(p, q, blocks) && by_tiles(&x, &m, p, q)) {
+    matmul_tiles(be, y, x, m, blocks, shared, trans, alpha, beta);
+    return;
+  }
   if (esp_cpu_block_small(p, q, blocks)) {
     matmul_small(be, y, x, m, blocks, shared, trans, alpha, beta);
     return;
@@ -102,6 +154,11 @@ void esp_cpu_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor
                         float alpha) {
   int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&dy) / blocks;
   assert(dm.dtype == ESP_F32 && esp_tensor_rows(&dm) == (shared ? p : p * blocks) && esp_tensor_cols(&dm) == q);
+  if (!shared && esp_cpu_block_small(p, q, blocks) && by_tiles(&x, &dy, p, q)) {
+    esp_amx_blocks part = {.x = x, .y = dy, .dm = dm, .p = p, .q = q, .alpha = alpha};
+    esp_split(be, blocks, ESP_CHUNK_COLS / (p > q ? p : q), &part, grad_tiles_part);
+    return;
+  }
   if (!shared && esp_cpu_block_small(p, q, blocks)) {
     esp_block_part part = {.x = x, .y = dy, .dm = dm, .p = p, .q = q, .alpha = alpha};
     esp_split(be, blocks, ESP_CHUNK_COLS / (p > q ? p : q), &part, grad_part);

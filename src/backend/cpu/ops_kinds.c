@@ -55,6 +55,47 @@ void esp_cpu_row_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b, fl
 }
 
 /* ---- rows as matrices ---- */
+typedef uint16_t eight __attribute__((vector_size(16)));
+
+/* A tile of 8 x 8 halfwords in registers, of which na rows and nb columns are there. */
+static inline __attribute__((always_inline)) void turn_tile(uint16_t *y, int64_t ldy, const uint16_t *x, int64_t ldx,
+                                                            const int na, const int nb) {
+  const eight low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+  eight r[8] = {{0}}, s[8];
+  for (int i = 0; i < na; i++) memcpy(&r[i], x + i * ldx, (size_t)nb * 2);
+  for (int round = 0; round < 3; round++) { /* rows i and i + 4 are shuffled together, three times */
+    for (int i = 0; i < 4; i++) {
+      s[2 * i] = __builtin_shuffle(r[i], r[i + 4], low);
+      s[2 * i + 1] = __builtin_shuffle(r[i], r[i + 4], high);
+    }
+    memcpy(r, s, sizeof r);
+  }
+  for (int j = 0; j < nb; j++) memcpy(y + j * ldy, &r[j], (size_t)na * 2);
+}
+
+/* x [a, b] to y [b, a] */
+static void turn_halfwords(uint16_t *y, const uint16_t *x, int64_t a, int64_t b) {
+  for (int64_t i = 0, na; i < a; i += na) {
+    na = a - i >= 8 ? 8 : a - i >= 4 ? 4 : 1;
+    for (int64_t j = 0, nb; j < b; j += nb) {
+      nb = b - j >= 8 ? 8 : b - j >= 4 ? 4 : 1;
+      uint16_t *to = y + j * a + i;
+      const uint16_t *from = x + i * b + j;
+      if (na == 8 && nb == 8)
+        turn_tile(to, a, from, b, 8, 8);
+      else if (na == 8 && nb == 4)
+        turn_tile(to, a, from, b, 8, 4);
+      else if (na == 4 && nb == 8)
+        turn_tile(to, a, from, b, 4, 8);
+      else if (na == 4 && nb == 4)
+        turn_tile(to, a, from, b, 4, 4);
+      else
+        for (int64_t k = 0; k < na; k++)
+          for (int64_t l = 0; l < nb; l++) to[l * a + k] = from[k * b + l];
+    }
+  }
+}
+
 /* By tiles of 16 x 16, so that what is written by columns stays in the first-level cache. */
 #define TRANSPOSE(to, from, CONVERT)                                                                                   \
   for (int64_t i0 = 0; i0 < a; i0 += 16)                                                                               \
@@ -71,7 +112,7 @@ static void transpose_part(const void *op, const esp_kernels *k, int64_t r0, int
     const uint16_t *xh = esp_row(&o->a, r);
     const float *xf = esp_row(&o->a, r);
     if (esp_is_b(&o->y) && esp_is_b(&o->a))
-      TRANSPOSE(yh, xh, );
+      turn_halfwords(yh, xh, a, b);
     else if (esp_is_b(&o->y))
       TRANSPOSE(yh, xf, esp_f32_to_bf16);
     else if (esp_is_b(&o->a))
