@@ -28,5 +28,6 @@ extern const esp_object esp_schema_nullspace;
 extern const esp_object esp_schema_replay;
 extern const esp_object esp_schema_si;
 extern const esp_object esp_schema_replay, esp_schema_l2, esp_schema_lwf;
+extern const esp_object esp_schema_lae, esp_schema_ilora, esp_schema_mos;
 
 #endif

@@ -31,6 +31,31 @@ static const esp_key lwf_keys[] = {
 };
 STRATEGY(lwf, "Strategy lwf: what an earlier adapter answers to the new task's rows is kept.");
 
+static const esp_key lae_keys[] = {
+    {"decay", ESP_T_NUMBER, AT(continual.strategy.lae.decay), .def = "0.9999", .flags = ESP_K_BELOW_MAX, RANGE(0, 1),
+     .help = "share of the slow values that a step keeps"},
+};
+STRATEGY(lae, "Strategy lae: a slow copy of the adapter follows the trained one and is deployed.");
+
+static const esp_key ilora_keys[] = {
+    {"decay", ESP_T_NUMBER, AT(continual.strategy.ilora.decay), .def = "0.25", .flags = ESP_K_BELOW_MAX, RANGE(0, 1),
+     .help = "share of the slow values that a step keeps, less in the first steps"},
+    {"gamma", ESP_T_NUMBER, AT(continual.strategy.ilora.gamma), .def = "1", RANGE(0, 1e6),
+     .help = "weight of the distance of replayed hidden states from those of the slow values"},
+    {"buffer", ESP_T_SHARE, AT(continual.strategy.ilora.buffer), .def = "500", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e9),
+     .help = "samples kept of all finished tasks together, or a percentage of each one's"},
+    {"batch", ESP_T_INT, AT(continual.strategy.ilora.batch), .def = "4", RANGE(1, 1e6),
+     .help = "samples replayed in a step, over all ranks"},
+};
+STRATEGY(ilora, "Strategy ilora: replay held to a slow copy of the adapter, which is deployed.");
+
+static const esp_key mos_keys[] = {
+    {"momentum", ESP_T_NUMBER, AT(continual.strategy.mos.momentum), .def = "0.01",
+     .flags = ESP_K_ABOVE_MIN | ESP_K_BELOW_MAX, RANGE(0, 1),
+     .help = "how far a step goes toward the mean of earlier adapters"},
+};
+STRATEGY(mos, "Strategy mos: each step goes a little toward the mean of the adapters of earlier tasks.");
+
 static const esp_key l2_keys[] = {
     {"weight", ESP_T_NUMBER, AT(continual.strategy.l2.weight), .def = "1", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e12),
      .help = "lambda of lambda/2 |theta - theta_previous|^2"},

@@ -16,6 +16,10 @@ static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_gpm,
     &esp_strategy_nullspace,
     &esp_strategy_branch,
+    &esp_strategy_lae,
+    &esp_strategy_ilora,
+    &esp_strategy_coin_ema,
+    &esp_strategy_mos,
 };
 /* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };

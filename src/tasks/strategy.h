@@ -38,6 +38,17 @@ typedef struct esp_strategy_cfg {
     const char *hidden_loss; /* l2 | l1 */
   } lwf;
   struct {
+    double decay; /* a of phi <- a phi + (1-a) theta */
+  } lae;
+  struct {
+    double decay, gamma; /* gamma: weight of the hidden states' distance */
+    double buffer;       /* as replay.buffer */
+    int64_t batch;       /* replayed in a step */
+  } ilora;
+  struct {
+    double momentum; /* m of theta <- (1-m) theta + m mean */
+  } mos;
+  struct {
     double weight; /* lambda: weight/2 * |theta - theta_previous|^2 */
   } l2;
   struct {

@@ -3,7 +3,8 @@
 esp_status esp_teacher_reserve(esp_teacher *t, const esp_sequence *q, int64_t rows) {
   int64_t hidden = esp_model_describe(q->model)->hidden;
   esp_tensor want = esp_tensor_2d(NULL, esp_model_compute(q->model), rows, hidden);
-  if (t->features.data && esp_tensor_numel(&t->features) == esp_tensor_numel(&want)) return ESP_OK;
+  bool same = t->features.data && esp_tensor_cols(&t->features) == hidden && t->features.dtype == want.dtype;
+  if (same && esp_tensor_rows(&t->features) >= rows) return ESP_OK;
   esp_teacher_deinit(t);
   t->be = q->be;
   want.data = q->be->ops->alloc(q->be, ESP_MEM_STRATEGY, esp_tensor_bytes(&want));

@@ -10,7 +10,7 @@ typedef struct esp_teacher {
   esp_teach teach;
 } esp_teacher;
 
-/* At a task: room for `rows` rows. The old contents are lost. */
+/* Room for at least `rows` rows. The old contents are lost. */
 esp_status esp_teacher_reserve(esp_teacher *t, const esp_sequence *q, int64_t rows);
 int64_t esp_teacher_bytes(const esp_teacher *t);
 void esp_teacher_deinit(esp_teacher *t);

@@ -376,6 +376,11 @@ bad "replay with one task" 2 "replay has nothing to replay with one task" $no ru
 bad "replay of half a sample" 2 "replay.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=replay continual.replay.buffer=1.5
 bad "replay of nothing but the past" 2 "continual.replay.ratio: 1 is out of range" $no run r.yaml continual.replay.ratio=1
 bad "nothing to be taught" 2 "continual.lwf.kl: nothing is taught" $no run r.yaml continual.strategy=lwf continual.lwf.kl=0
+bad "a slow copy that never moves" 2 "continual.lae.decay: 1 is out of range" $no run r.yaml continual.lae.decay=1
+bad "lae with one task" 2 "continual.strategy: lae has nothing to do with one task" $no run r.yaml continual.strategy=lae
+bad "ilora with half a sample" 2 "continual.ilora.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=ilora continual.ilora.buffer=1.5
+bad "mos with one task" 2 "continual.strategy: mos has nothing to do with one task" $no run r.yaml continual.strategy=mos
+bad "two slow copies" 2 "coin_ema and lae both decide which values are measured and saved" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml 'continual.strategy=[coin_ema, lae]'
 bad "a teacher with another head" 2 "lwf makes the teacher's logits with the frozen head, the adapter changes lm_head" $no run r.yaml continual.strategy=lwf 'adapter.modules_to_save=[lm_head]'
 bad "replay of nothing but the past" 2 "continual.replay.ratio.*1" $no run r.yaml continual.strategy=replay continual.replay.ratio=1
 bad "inspect nothing" 3 "nothere" $no inspect nothere
