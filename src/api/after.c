@@ -57,6 +57,10 @@ esp_status esp_api_after(const esp_recipe *r, const esp_run_options *opt) {
     case ESP_AFTER_MERGE:
       ESP_TRY(after_merge(a, base, adapter, opt));
       break;
+    case ESP_AFTER_MERGE_TASKS:
+      ESP_TRY(esp_api_merge_tasks(r, i));
+      note(opt, a->out, "%d tasks merged by %s into %s", r->n_tasks, a->method.name, a->out);
+      break;
     case ESP_AFTER_EXPORT:
       ESP_TRY(after_export(a, base, adapter, opt));
       break;

@@ -14,6 +14,9 @@ struct esp_job {
 extern const esp_train_hooks esp_api_hooks;
 /* after.c: the `after` steps of a finished run. Rank 0 only. */
 esp_status esp_api_after(const esp_recipe *r, const esp_run_options *opt);
+/* after_tasks.c: the merge_tasks steps: their options, at the start; one of them, when the run has finished. */
+esp_status esp_api_after_check(const esp_recipe *r);
+esp_status esp_api_merge_tasks(const esp_recipe *r, int step);
 /* facts.c: an object of facts as JSON or as lines of key and value; the text is the caller's. */
 esp_status esp_api_facts_text(json_t *facts, int json, char **text);
 

@@ -13,13 +13,17 @@
 static esp_status wrap(esp_status st, esp_recipe *r, esp_job **out) {
   *out = NULL;
   if (st != ESP_OK) return st;
+  ESP_GOTO(esp_api_after_check(r)); /* what else would be found out after the last step */
   *out = esp_mem_alloc(ESP_MEM_HOST, sizeof **out);
   if (!*out) {
-    esp_recipe_destroy(r);
-    return ESP_ERR_MEMORY;
+    st = ESP_ERR_MEMORY;
+    goto out;
   }
   (*out)->recipe = r;
   return ESP_OK;
+out:
+  esp_recipe_destroy(r);
+  return st;
 }
 
 esp_status esp_job_open(const char *path, const char *const *overrides, int n, esp_job **out) {

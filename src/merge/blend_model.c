@@ -112,19 +112,29 @@ static esp_status sum_first(blending *g) {
   return ESP_OK;
 }
 
+static esp_status settle(const esp_blend_spec *spec, int *dtype, esp_method *m) {
+  const esp_method_kind *kind = esp_method_find(spec->method->name);
+  if (!kind) return esp_method_unknown(spec->method->name, esp_method_names);
+  ESP_TRY(esp_out_dtype(spec->dtype, dtype));
+  return esp_method_settle(spec->method, kind, spec->weights, spec->n, 0, m);
+}
+
+esp_status esp_blend_check(const esp_blend_spec *spec) {
+  esp_method m;
+  int dtype;
+  return settle(spec, &dtype, &m);
+}
+
 esp_status esp_blend_write(const esp_blend_spec *spec, esp_merge_stats *stats) {
   esp_status st;
   esp_method m;
-  const esp_method_kind *kind = esp_method_find(spec->method->name);
   blending g = {.m = &m, .model_scale = 1, .fd = -1};
   g.out = (esp_out_model){.base = spec->base, .out = spec->out, .begin = begin, .end = end, .rows = rows, .ctx = &g};
-  if (!kind) return esp_method_unknown(spec->method->name, esp_method_names);
-  ESP_TRY(esp_out_dtype(spec->dtype, &g.out.dtype));
-  ESP_TRY(esp_method_settle(spec->method, kind, spec->weights, spec->n, 0, &m)); /* before anything is opened */
+  ESP_TRY(settle(spec, &g.out.dtype, &m)); /* before anything is opened */
   ESP_GOTO(esp_sources_open(spec->base, spec->inputs, spec->n, &g.s));
   m.layers = esp_model_describe(g.s.in.model)->layers;
   ESP_GOTO(esp_sources_list(&g.s, g.out.dtype, &g.out.list, &g.out.n));
-  if (kind->join == ESP_JOIN_OPCM) ESP_GOTO(sum_first(&g));
+  if (m.kind->join == ESP_JOIN_OPCM) ESP_GOTO(sum_first(&g));
   st = esp_out_write(&g.out, stats);
 out:
   if (g.fd >= 0) close(g.fd);

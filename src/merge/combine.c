@@ -265,6 +265,11 @@ static esp_status settle(combiner *c) {
   return ESP_OK;
 }
 
+esp_status esp_combine_check(const esp_combine_spec *spec) {
+  combiner c = {.spec = spec};
+  return settle(&c);
+}
+
 /* The one factor of a whole model that OPCM has (opcm.c). */
 static void scale_model(const combiner *c, esp_factors *f, int n) {
   double mean = 0;

@@ -56,6 +56,7 @@ typedef struct esp_blend_spec {
   const esp_merge_method *method;
 } esp_blend_spec;
 esp_status esp_blend_write(const esp_blend_spec *spec, esp_merge_stats *stats);
+esp_status esp_blend_check(const esp_blend_spec *spec); /* the options alone, no file is opened */
 
 /* Several adapters as one LoRA (combine.c has the types and their formulas). */
 typedef struct esp_combine_spec {
@@ -68,6 +69,7 @@ typedef struct esp_combine_spec {
   int64_t rank; /* 0: what the type gives */
 } esp_combine_spec;
 esp_status esp_combine_write(const esp_combine_spec *spec, esp_svd_stats *stats);
+esp_status esp_combine_check(const esp_combine_spec *spec); /* the options alone, no file is opened */
 const char *const *esp_combine_names(int *n);
 
 /* as_lora: rewrite as a plain LoRA (rank 0: the exact rank). for_vllm: implies as_lora, one rank for all sites (padded

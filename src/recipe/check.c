@@ -245,6 +245,13 @@ static void check_merges(esp_binder *b, const esp_node *root) {
                        r->tasks[i].adapter.type);
         break;
       }
+  for (int i = 0; i < r->n_after; i++)
+    for (int t = 0; r->after[i].kind == ESP_AFTER_MERGE_TASKS && t < r->n_tasks; t++)
+      if (!merges(&r->tasks[t])) {
+        esp_bind_error(b, item(root, "after", NULL, i), "after[%d].merge_tasks: an adapter of type %s cannot be merged",
+                       i, r->tasks[t].adapter.type);
+        break;
+      }
   for (int i = 0; i < r->n_after && r->n_tasks > 0; i++)
     if (r->after[i].kind == ESP_AFTER_MERGE && !merges(&r->tasks[r->n_tasks - 1]))
       esp_bind_error(b, item(root, "after", NULL, i), "after[%d].merge: an adapter of type %s cannot be merged", i,

@@ -53,6 +53,9 @@ static void type_text(const esp_key *k, esp_strbuf *out) {
   case ESP_T_INTS:
     esp_strbuf_puts(out, "list of integers");
     break;
+  case ESP_T_NUMBERS:
+    esp_strbuf_puts(out, "number or list of numbers");
+    break;
   case ESP_T_PATTERNS:
     esp_strbuf_puts(out, "mapping of regular expression to number");
     break;
@@ -80,7 +83,7 @@ static void type_text(const esp_key *k, esp_strbuf *out) {
     esp_strbuf_printf(out, "list of %ss", k->object->name);
     return;
   case ESP_T_AFTER:
-    esp_strbuf_puts(out, "list of merge, export, report");
+    esp_strbuf_puts(out, "list of merge, merge_tasks, export, report");
     return;
   default:
     esp_strbuf_puts(out, "mapping");
@@ -231,6 +234,9 @@ static void json_type(const esp_key *k, esp_strbuf *out) {
     break;
   case ESP_T_INTS:
     esp_strbuf_puts(out, "{\"type\": \"array\", \"items\": {\"type\": \"integer\"}}");
+    break;
+  case ESP_T_NUMBERS:
+    esp_strbuf_puts(out, "{\"type\": \"number\"}, {\"type\": \"array\", \"items\": {\"type\": \"number\"}}");
     break;
   case ESP_T_STRINGS:
     esp_strbuf_puts(out, "{\"type\": \"array\", \"items\": {\"type\": \"string\"}}");

@@ -70,14 +70,34 @@ typedef struct esp_watchdog {
   int patience;                       /* consecutive steps above */
 } esp_watchdog;
 
-typedef enum esp_after_kind { ESP_AFTER_MERGE, ESP_AFTER_EXPORT, ESP_AFTER_REPORT } esp_after_kind;
+/* after: merge_tasks, the options of espalier/tools.h; ESP_AFTER_OWN: not given, the method's own. */
+#define ESP_AFTER_OWN (-1e30)
+typedef struct esp_after_method {
+  const char *name;
+  bool as_adapter;
+  const double *weight, *density, *lines; /* one or one of each task; of lines alpha, or alpha and beta */
+  int n_weight, n_density, n_lines;
+  double lambda, gamma, t, alpha, power;
+  const char *metric;                         /* mwa: an evaluation set, NULL: the mean over the tasks' own */
+  const char *rescale, *majority, *normalize; /* NULL: not given */
+  uint64_t seed;
+  int64_t rank; /* 0: as the method needs */
+} esp_after_method;
+
+typedef enum esp_after_kind {
+  ESP_AFTER_MERGE,
+  ESP_AFTER_MERGE_TASKS,
+  ESP_AFTER_EXPORT,
+  ESP_AFTER_REPORT
+} esp_after_kind;
 typedef struct esp_after_step {
   esp_after_kind kind;
-  const char *out;    /* merge: the model directory; export: the adapter directory; report: html path. Joined with
-                       * checkpoint.output_dir when relative */
-  const char *dtype;  /* merge: NULL = as stored */
-  int64_t verify;     /* merge: rows to compare, 0: none */
-  const char *target; /* export: "vllm" or NULL */
+  const char *out;         /* merge: the model directory; export: the adapter directory; report: html path. Joined with
+                            * checkpoint.output_dir when relative */
+  const char *dtype;       /* merge: NULL = as stored */
+  int64_t verify;          /* merge: rows to compare, 0: none */
+  const char *target;      /* export: "vllm" or NULL */
+  esp_after_method method; /* merge_tasks */
 } esp_after_step;
 
 typedef struct esp_recipe {

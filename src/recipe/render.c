@@ -187,6 +187,14 @@ void esp_value_render(const esp_recipe *r, const esp_key *k, const void *base, b
     for (int i = 0; i < COUNT_FIELD; i++) esp_strbuf_printf(out, "%s%d", i ? ", " : "", FIELD(int *)[i]);
     esp_strbuf_putc(out, ']');
     break;
+  case ESP_T_NUMBERS:
+    esp_strbuf_putc(out, '[');
+    for (int i = 0; i < COUNT_FIELD; i++) {
+      if (i) esp_strbuf_puts(out, ", ");
+      number(out, FIELD(double *)[i]);
+    }
+    esp_strbuf_putc(out, ']');
+    break;
   case ESP_T_PATTERNS:
     esp_strbuf_putc(out, '{');
     for (int i = 0; i < COUNT_FIELD; i++) {

@@ -428,6 +428,8 @@ SECTION_OBJECT(export, "Copies the adapter to a folder of its own.");
 SECTION_OBJECT(report, "A self-contained HTML page.");
 static const esp_key after_keys[] = {
     {"merge", ESP_T_OBJECT, .object = &merge_object, .help = "merge the adapter into the base"},
+    {"merge_tasks", ESP_T_OBJECT, .object = &esp_schema_merge_tasks,
+     .help = "merge what all tasks learned, by a method"},
     {"export", ESP_T_OBJECT, .object = &export_object, .help = "write the adapter elsewhere"},
     {"report", ESP_T_OBJECT, .object = &report_object, .help = "write the report"},
 };
@@ -483,7 +485,7 @@ static const esp_key root_keys[] = {
     {"tasks", ESP_T_OBJECTS, LIST(tasks, n_tasks), .flags = ESP_K_REQUIRED | ESP_K_NONEMPTY | ESP_K_COMMON,
      .object = &task_object, .help = "what is trained, in this order"},
     {"after", ESP_T_AFTER, LIST(after, n_after), .flags = ESP_K_NOHASH | ESP_K_COMMON, .object = &after_object,
-     .help = "list of merge, export and report, done in this order"},
+     .help = "list of merge, merge_tasks, export and report, done in this order"},
     {"log", ESP_T_OBJECT, .object = &log_object, .flags = ESP_K_COMMON},
     {"checkpoint", ESP_T_OBJECT, .object = &checkpoint_object, .flags = ESP_K_COMMON},
 };

@@ -23,6 +23,7 @@ typedef enum esp_key_type {
   ESP_T_SWITCH,   /* bool: the position in two words */
   ESP_T_STRINGS,  /* const char *const * and int */
   ESP_T_INTS,     /* const int * and int */
+  ESP_T_NUMBERS,  /* const double * and int; one number is a list of one */
   ESP_T_PATTERNS, /* esp_pattern * and int: a mapping of regular expression to number */
   ESP_T_TARGET,   /* const char *const * and int, or a regex at regex_offset */
   ESP_T_BETAS,    /* two doubles, input only */

@@ -15,6 +15,9 @@
 #define BIG 9007199254740992.0 /* 2^53: every integer below is a double */
 #define SECTION_OBJECT(n, h) static const esp_object n##_object = {#n, h, n##_keys, COUNT(n##_keys), 0}
 
+/* schema_merge.c: after[].merge_tasks. */
+extern const esp_object esp_schema_merge_tasks;
+/* schema_strategies.c: the keys of each strategy, continual.<its name>. */
 #define STRATEGY(n, h) const esp_object esp_schema_##n = {#n, h, n##_keys, COUNT(n##_keys), 0}
 
 /* schema_strategies.c, schema_projections.c: the keys of each strategy, continual.<its name>. */

@@ -307,6 +307,20 @@ static bool get_ints(esp_binder *b, const esp_key *k, const esp_node *n, const c
   return true;
 }
 
+static bool get_numbers(esp_binder *b, const esp_key *k, const esp_node *n, const char *path, const double **out,
+                        int *count) {
+  const esp_node *one = n;
+  const esp_node *const *items = n->kind == ESP_NODE_LIST ? (const esp_node *const *)n->items : &one;
+  int many = n->kind == ESP_NODE_LIST ? n->n : 1;
+  double *list = esp_bind_alloc(b, (size_t)(many + 1) * sizeof *list);
+  if (!list) return false;
+  for (int i = 0; i < many; i++)
+    if (!get_number(b, k, items[i], path, &list[i])) return false;
+  *out = list;
+  *count = many;
+  return true;
+}
+
 static bool get_patterns(esp_binder *b, const esp_key *k, const esp_node *n, const char *path, const esp_pattern **out,
                          int *count) {
   if (n->kind != ESP_NODE_MAP) return expected(b, n, path, "a mapping of regular expressions to numbers");
@@ -457,6 +471,8 @@ bool esp_value_set(esp_binder *b, const esp_key *k, const esp_node *n, const cha
     return get_strings(b, k, n, path, &FIELD(const char *const *), &COUNT_FIELD);
   case ESP_T_INTS:
     return get_ints(b, k, n, path, &FIELD(const int *), &COUNT_FIELD);
+  case ESP_T_NUMBERS:
+    return get_numbers(b, k, n, path, &FIELD(const double *), &COUNT_FIELD);
   case ESP_T_PATTERNS:
     return get_patterns(b, k, n, path, &FIELD(const esp_pattern *), &COUNT_FIELD);
   case ESP_T_TARGET:

@@ -1,6 +1,6 @@
 /* OPCM's projection on single matrices: orthogonal to what is merged already, the closed block empty, everything
  * outside of the merged one's singular spaces untouched, a second projection changes nothing; against doubles. Mutation
- * seen to be caught: the diagonal kept in keep_closed (opcm.c) together with the last correction left out. */
+ * seen to be caught: the diagonal left in place by keep_closed (opcm.c) fails "equals_doubles". */
 #include "merge/blend.h"
 #include "naive.h"
 

@@ -1,7 +1,7 @@
 /* Stored differences: signs and scales are the ones of the formula and what comes back is base + scale x sign; ranks
  * are shared out as an exhaustive search would; all of the energy at 32 bits gives the model back; errors told are the
  * errors there are; a stored difference merges like the model it stands for; files that do not fit are refused.
- * Mutation seen to be caught: 'cols' in place of 'rows' in the cost of a triple (share_ranks) fails "ranks_are_shared".
+ * Mutation seen to be caught: the rows left out of the cost of a triple (share_ranks) fails "ranks_are_shared".
  */
 #include "io/json.h"
 #include "merge/residual.h"
