@@ -190,7 +190,31 @@ static bool get_name(esp_binder *b, const esp_node *n, const char *path, const c
   return expected(b, n, path, "a name of up to 63 letters, digits, '.', '_' and '-'");
 }
 
-/* ${name} and ${seed} inside a path. */
+/* ${env:NAME} or ${env:NAME:-WITHOUT}; what stands between "env:" and the brace is [p, end). */
+static bool put_variable(esp_binder *b, const esp_node *n, const char *path, const char *p, const char *end,
+                         esp_strbuf *out) {
+  char name[128];
+  size_t len = strcspn(p, ":}");
+  const char *without = p + len;
+  bool has = !strncmp(without, ":-", 2);
+  if (len == 0 || len >= sizeof name || (without != end && !has)) {
+    esp_bind_error(b, n, "%s: expected ${env:NAME} or ${env:NAME:-text}", path);
+    return false;
+  }
+  snprintf(name, sizeof name, "%.*s", (int)len, p);
+  const char *value = getenv(name);
+  if (value && *value) {
+    esp_strbuf_puts(out, value);
+  } else if (has) {
+    esp_strbuf_add(out, without + 2, (size_t)(end - without - 2));
+  } else {
+    esp_bind_error(b, n, "%s: the environment variable %s is not set", path, name);
+    return false;
+  }
+  return true;
+}
+
+/* ${name}, ${seed} and variables of the environment inside a path. */
 static const char *expand(esp_binder *b, const esp_node *n, const char *text, const char *path) {
   if (!strstr(text, "${")) return text;
   esp_strbuf out;
@@ -206,9 +230,14 @@ static const char *expand(esp_binder *b, const esp_node *n, const char *text, co
       esp_strbuf_puts(&out, b->recipe->name);
     } else if (end && end - p == 6 && !memcmp(p + 2, "seed", 4)) {
       esp_strbuf_printf(&out, "%" PRIu64, b->recipe->seed);
+    } else if (end && !strncmp(p + 2, "env:", 4)) {
+      if (!put_variable(b, n, path, p + 6, end, &out)) {
+        esp_strbuf_deinit(&out);
+        return NULL;
+      }
     } else {
       char buf[80];
-      esp_bind_error(b, n, "%s: unknown variable in %s (there are ${name} and ${seed})", path,
+      esp_bind_error(b, n, "%s: unknown variable in %s (there are ${name}, ${seed} and ${env:NAME})", path,
                      esp_node_show(n, buf, sizeof buf));
       esp_strbuf_deinit(&out);
       return NULL;

@@ -63,6 +63,7 @@ typedef struct esp_source_ctx { /* what a row needs */
   const char *labels_text;
   const char *text_key, *label_key; /* of classification rows */
   const char *definition;           /* natural_instructions, NULL: none */
+  bool published;                   /* rows of a benchmark */
 } esp_source_ctx;
 
 typedef struct esp_row_ref { /* a row of a file, and the line it begins on */

@@ -149,7 +149,8 @@ static esp_status build_labels(esp_dataset *d, const esp_source_ctx *ctx, int n_
     if (first < 0) first = s;
     for (int i = 0; i < ctx[s].src->n_labels; i++) ESP_TRY(add_label(d, &cap, ctx[s].src->labels[i]));
     given = given || ctx[s].src->n_labels;
-    for (int64_t i = 0; i < h->n_samples; i++) ESP_TRY(add_label(d, &cap, h->text + h->samples[i].answer));
+    for (int64_t i = 0; i < h->n_samples && !ctx[s].src->n_labels; i++)
+      ESP_TRY(add_label(d, &cap, h->text + h->samples[i].answer));
   }
   if (first < 0) return ESP_OK;
   if (!given) qsort(d->labels, (size_t)d->n_labels, sizeof *d->labels, by_name);

@@ -205,6 +205,7 @@ out:
 /* The two benchmark formats become classification or prompt and completion, with other keys. */
 static esp_status settle_format(esp_source_ctx *c, esp_data_source *s, esp_arena *arena) {
   c->text_key = "text", c->label_key = "label";
+  c->published = c->format == ESP_FMT_CL_BENCHMARK || c->format == ESP_FMT_NATURAL_INSTRUCTIONS;
   if (c->format == ESP_FMT_CL_BENCHMARK) {
     ESP_TRY(read_labels(s, arena));
     if (!s->prompt_template) ESP_TRY(cl_benchmark_prompt(s, s->path, arena));

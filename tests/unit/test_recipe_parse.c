@@ -82,7 +82,11 @@ static const struct {
     {"log: {to: [stdut]}",
      "r.yaml:3:12: log.to: 'stdut' is not one of stdout, jsonl, tensorboard (did you mean 'stdout'?)"},
     {"checkpoint: {output_dir: '${nam}'}",
-     "r.yaml:3:26: checkpoint.output_dir: unknown variable in '${nam}' (there are ${name} and ${seed})"},
+     "r.yaml:3:26: checkpoint.output_dir: unknown variable in '${nam}' (there are ${name}, ${seed} and ${env:NAME})"},
+    {"checkpoint: {output_dir: '${env:ESP_NOT_SET}'}",
+     "r.yaml:3:26: checkpoint.output_dir: the environment variable ESP_NOT_SET is not set"},
+    {"checkpoint: {output_dir: '${env:A:B}'}",
+     "r.yaml:3:26: checkpoint.output_dir: expected ${env:NAME} or ${env:NAME:-text}"},
     {"checkpoint: {keep_best: {metric: los}}",
      "r.yaml:3:34: checkpoint.keep_best.metric: 'los' is neither loss nor an evaluation set (did you mean 'loss'?)"},
     {"eval: {sets: [{name: a, path: p, metric: choice}, {name: a, path: p, metric: choice}]}",
@@ -381,9 +385,10 @@ static void test_schema(void **state) {
 /* Every recipe of the repository is one, and survives its own resolved form. */
 static void test_examples(void **state) {
   (void)state;
-  static const char *const patterns[] = {ESP_SOURCE_DIR "/recipes/*.yaml", ESP_SOURCE_DIR "/recipes/demo/*.yaml"};
+  static const char *const patterns[] = {ESP_SOURCE_DIR "/recipes/*.yaml", ESP_SOURCE_DIR "/recipes/demo/*.yaml",
+                                         ESP_SOURCE_DIR "/recipes/continual/*.yaml"};
   int seen = 0;
-  for (int k = 0; k < 2; k++) {
+  for (size_t k = 0; k < sizeof patterns / sizeof *patterns; k++) {
     glob_t g;
     assert_int_equal(glob(patterns[k], 0, NULL, &g), 0);
     for (size_t i = 0; i < g.gl_pathc; i++, seen++) {

@@ -156,6 +156,14 @@ static void cl_benchmark(void **state) {
   sample_is(d, 1, "x|Science or Technology, World|", "World");
   assert_int_equal(esp_dataset_label(d, 1), 1);
   esp_dataset_destroy(d);
+  put("CL_Benchmark/NLI/pairs/labels.json", "[\"yes\", \"no\"]");
+  put("CL_Benchmark/NLI/pairs/train.json", "[{\"label\": \"-\", \"sentence\": \"x\"}, {\"label\": \"no\", "
+                                           "\"sentence\": \"y\"}]");
+  assert_int_equal(open_set("CL_Benchmark/NLI/pairs", (esp_data_source){0}, &d), ESP_OK);
+  assert_int_equal(esp_dataset_labels(d, &names, NULL), 2);
+  assert_int_equal(esp_dataset_label(d, 0), -1); /* none is right */
+  assert_int_equal(esp_dataset_label(d, 1), 1);
+  esp_dataset_destroy(d);
   put("elsewhere/news/train.json", "[{\"label\": \"a\", \"sentence\": \"x\"}]");
   fails("elsewhere/news", (esp_data_source){0}, "prompt_template must say it");
   assert_int_equal(open_set("elsewhere/news", (esp_data_source){.prompt_template = "{text}: "}, &d), ESP_OK);
