@@ -9,7 +9,7 @@ The cache (default ${ESP_BENCH_CACHE:-~/.cache/espalier}/continual) receives
     data/<task>.{train,test}.jsonl   texts cut to --chars characters at a word's end, classes balanced
     corpus.jsonl, shape/             what the base is trained on, its tokenizer and config.json
     base/                            the base, trained by espalier itself (bench/continual/base.yaml)
-    sequence.yaml, joint.yaml        copies of those beside this file: their paths are relative to the cache
+    sequence.yaml                    a copy of the one beside this file: its paths are relative to the cache
 
 Test rows are in none of the training texts. A base that is there already is kept; making it takes 4 minutes of two cores."""
 import argparse
@@ -133,8 +133,7 @@ def main():
     os.makedirs(os.path.join(a.cache, "data"), exist_ok=True)
     cl = os.path.join(a.data, "cl")
     make_tasks(a, cl)
-    for recipe in ("sequence.yaml", "joint.yaml"):
-        shutil.copyfile(f"{here}/{recipe}", f"{a.cache}/{recipe}")
+    shutil.copyfile(f"{here}/sequence.yaml", f"{a.cache}/sequence.yaml")
     if not os.path.exists(f"{a.cache}/base/model.safetensors"):
         shape = make_shape(a, here, make_corpus(a, cl))
         subprocess.run([a.espalier, "run", f"{here}/base.yaml", f"model.base_model={shape}",

@@ -29,7 +29,7 @@ n=0
 for recipe in "$work"/recipes/continual/{olora_order?,trace}.yaml; do
   "$ESPALIER" check "$recipe" > log 2>&1 || { cat log; fail "$(basename "$recipe")"; }
   # 11 rows in train.json, 10 in test.json
-  tasks=$(grep -c '^task [^ ]*: 11 rows' log) sets=$(grep -c '^evaluation set [^ ]*: 10 rows' log)
+  tasks=$(grep -c '^task [^ ]*: 11 rows' log || true) sets=$(grep -c '^evaluation set [^ ]*: 10 rows' log || true)
   [ "$tasks" = "$sets" ] && [ "$tasks" -ge 4 ] || { cat log; fail "$(basename "$recipe"): $tasks tasks, $sets sets"; }
   n=$((n + 1))
 done
