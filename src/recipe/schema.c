@@ -379,6 +379,8 @@ static const esp_key continual_keys[] = {
     {"lae", ESP_T_OBJECT, .object = &esp_schema_lae},
     {"ilora", ESP_T_OBJECT, .object = &esp_schema_ilora},
     {"mos", ESP_T_OBJECT, .object = &esp_schema_mos},
+    {"osf", ESP_T_OBJECT, .object = &esp_schema_osf},
+    {"migu", ESP_T_OBJECT, .object = &esp_schema_migu},
 };
 
 SECTION_OBJECT(model, "The frozen base.");

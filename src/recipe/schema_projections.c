@@ -35,3 +35,26 @@ static const esp_key gpm_keys[] = {SUBSPACE_KEYS(gpm, "0.97")};
 STRATEGY(gpm, "Strategy gpm: gradients leave the span of earlier tasks' layer inputs alone.");
 static const esp_key nullspace_keys[] = {SUBSPACE_KEYS(nullspace, "0.99")};
 STRATEGY(nullspace, "Strategy nullspace: what a task adds to a weight is zero on earlier tasks' layer inputs.");
+
+static const esp_key osf_keys[] = {
+    {"retain", ESP_T_NUMBER, AT(continual.strategy.osf.retain), .def = "0.5",
+     .flags = ESP_K_ABOVE_MIN | ESP_K_BELOW_MAX, RANGE(0, 1),
+     .help = "share of a matrix's singular triples that stay as they are"},
+    {"retain_min", ESP_T_NUMBER, AT(continual.strategy.osf.retain_min), .def = "off", .flags = ESP_K_ABOVE_MIN,
+     RANGE(0, 1), .word = "off",
+     .help = "of a layer without importance: the share is retain_min + importance (retain - retain_min)"},
+};
+STRATEGY(osf, "Strategy osf: what a task adds to a weight is orthogonal to its leading singular directions.");
+
+static const esp_key migu_keys[] = {
+    {"threshold", ESP_T_NUMBER, AT(continual.strategy.migu.threshold), .def = "0.7",
+     .flags = ESP_K_ABOVE_MIN | ESP_K_BELOW_MAX, RANGE(0, 1),
+     .help = "share of a matrix's rows, those of the smallest output, that get no gradient"},
+    {"interval", ESP_T_INT, AT(continual.strategy.migu.interval), .def = "50", RANGE(1, BIG),
+     .help = "steps between two measurements of the outputs"},
+    {"samples", ESP_T_INT, AT(continual.strategy.migu.samples), .def = "8", RANGE(1, BIG),
+     .help = "of the task that are looked at each time"},
+    {"tokens", ESP_T_INT, AT(continual.strategy.migu.tokens), .def = "128", RANGE(1, BIG),
+     .help = "rows of each layer's output that are taken from them"},
+};
+STRATEGY(migu, "Strategy migu: only rows of large output magnitude get a gradient.");

@@ -13,6 +13,8 @@ extern const esp_strategy_kind esp_strategy_l2;
 extern const esp_strategy_kind esp_strategy_lwf;
 extern const esp_strategy_kind esp_strategy_gpm;
 extern const esp_strategy_kind esp_strategy_nullspace;
+extern const esp_strategy_kind esp_strategy_osf;
+extern const esp_strategy_kind esp_strategy_migu;
 extern const esp_strategy_kind esp_strategy_replay;
 extern const esp_strategy_kind esp_strategy_si;
 

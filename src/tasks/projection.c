@@ -195,15 +195,15 @@ esp_status esp_basis_grow(esp_strategy *s, const char *name, int64_t width, cons
   esp_status st = ESP_OK;
   esp_tensor old = esp_basis(s, name, width);
   int64_t k = old.data ? esp_tensor_rows(&old) : 0, short_side = rows < width ? rows : width;
-  if (esp_backend_counts(s->be)) { /* the most there can be */
-    int64_t most = k + short_side < width ? k + short_side : width;
-    return esp_strategy_array(s, name, ESP_F32, most * width, false) ? ESP_OK : ESP_ERR_MEMORY;
-  }
   size_t n = (size_t)((k + short_side + 2 * rows) * width + rows * (k + short_side) + short_side * (width + 1));
   float *m = esp_mem_alloc(ESP_MEM_HOST, n * sizeof *m);
   if (!m) return ESP_ERR_MEMORY;
   float *rest = m + (k + short_side) * width, *copy = rest + rows * width, *t = copy + rows * width;
   float *u = t + rows * k, *sv = u + rows * short_side, *vt = sv + short_side;
+  if (esp_backend_counts(s->be)) { /* the most there can be */
+    ESP_GOTO(store(s, name, m, (k + short_side < width ? k + short_side : width) * width));
+    goto out;
+  }
   if (k > 0) s->be->ops->download(s->be, m, old.data, k * width * (int64_t)sizeof *m);
   memcpy(rest, x, (size_t)(rows * width) * sizeof *x);
   leave_span(rest, rows, m, k, width, t);

@@ -20,6 +20,8 @@ static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_ilora,
     &esp_strategy_coin_ema,
     &esp_strategy_mos,
+    &esp_strategy_osf,
+    &esp_strategy_migu,
 };
 /* clang-format on */
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };

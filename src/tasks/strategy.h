@@ -79,6 +79,13 @@ typedef struct esp_strategy_cfg {
   struct {
     const esp_schedule *schedule; /* of each task, from the recipe's schedule; NULL: none that decays in each */
   } branch;
+  struct {
+    double retain, retain_min; /* share of the triples that stay; of an unimportant layer, 0: of all layers alike */
+  } osf;
+  struct {
+    double threshold; /* share of rows without a gradient */
+    int64_t interval, samples, tokens;
+  } migu;
 } esp_strategy_cfg;
 
 /* The run as a strategy sees it. Filled in by the room that trains; model, adapter and optim are those of the present

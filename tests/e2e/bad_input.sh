@@ -337,6 +337,10 @@ lines=1
 
 bad "gem with half a sample" 2 "continual.gem.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=gem continual.gem.buffer=1.5
 bad "a negative margin" 2 "margin" $no run r.yaml continual.gem.margin=-1
+bad "osf of one LoRA through all tasks" 2 "osf wants factors of its own for each task" "edit 's/^tasks:/&\\n  - {name: z, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=osf
+bad "osf that retains everything" 2 "continual.osf.retain" $no run r.yaml continual.osf.retain=1
+bad "osf with more for unimportant layers" 2 "continual.osf.retain_min: 0.6 is above retain" $no run r.yaml continual.osf.retain_min=0.6 continual.strategy=osf
+bad "migu that holds every row" 2 "continual.migu.threshold" $no run r.yaml continual.migu.threshold=1
 bad "gpm with one task" 2 "gpm has nothing to do with one task" $no run r.yaml continual.strategy=gpm
 bad "bases of more than everything" 2 "continual.gpm.energy" $no run r.yaml continual.gpm.energy=1.5
 bad "a null space of a kind without matrices" 2 "nullspace is for lora, o-lora, layers and full, not for dora" "edit 's/^tasks:/&\\n  - {name: z, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=nullspace adapter.type=dora

@@ -1,6 +1,7 @@
 /* Changes that stay out of subspaces: observed rows against the model's own, bases against their definition, dW K0 = 0
  * for every kind of adapter with an optimizer that does not keep to gradients (AdamW with decay).
  * Mutation seen caught: `after_step` (gpm.c) left out, so that the gradient alone is projected. */
+#include "core/linalg.h"
 #include "strategy_fixture.h"
 #include "tasks/internal.h"
 #include "tasks/projection.h"
@@ -252,6 +253,181 @@ static void gpm(void **state) {
   sf_close(&f);
 }
 
+/* U_high^T dW = 0 and dW V_high = 0 against a decomposition made here, in the first task and in the second, whose
+ * weights hold what the first has added. */
+static void osf(void **state) {
+  static const char *const names[] = {"osf"};
+  esp_strategy_cfg cfg = {.names = names, .n = 1, .osf = {.retain = 0.5}};
+  for (int kind = 0; kind < N_KINDS; kind++) {
+    sf f;
+    bool lora = kind == 0;
+    if (lora) { /* one task alone, or an adapter for each */
+      esp_strategy_cfg none = {0};
+      sf_open(&f, &kinds[kind], &none);
+      f.cfg = cfg;
+      f.q.one_adapter = false;
+      OK(esp_strategies_create(&f.cfg, f.r.be, &f.set));
+      OK(esp_strategies_open(&f.set, &f.q));
+    } else {
+      sf_open(&f, &kinds[kind], &cfg);
+    }
+    f.optim->cfg.weight_decay = lora || kind == 1 ? 0.1 : 0;
+    for (int t = 0; t < (lora ? 1 : 2); t++) {
+      begin(&f, t);
+      esp_trained *list;
+      int n;
+      OK(esp_trained_list(&f.set.list[0], &f.q, &list, &n));
+      float **was = malloc((size_t)n * sizeof *was);
+      for (int i = 0; i < n; i++) was[i] = effective(&f, list[i].site);
+      train(&f, 4);
+      double worst = 0, change = 1;
+      for (int i = 0; i < n; i++) {
+        int64_t out = list[i].site->out, in = list[i].site->in, least = out < in ? out : in;
+        float *d = effective(&f, list[i].site), *u = malloc((size_t)(out * least) * sizeof *u);
+        float *sv = malloc((size_t)least * sizeof *sv), *vt = malloc((size_t)(least * in) * sizeof *vt);
+        for (int64_t c = 0; c < out * in; c++) d[c] -= was[i][c];
+        change = fmin(change, largest(d, out * in));
+        OK(esp_linalg_svd(out, in, was[i], u, sv, vt));
+        for (int64_t k = 0; k < least / 2; k++) {
+          for (int64_t c = 0; c < in; c++) {
+            double sum = 0;
+            for (int64_t o = 0; o < out; o++) sum += (double)u[o * least + k] * (double)d[o * in + c];
+            worst = fmax(worst, fabs(sum));
+          }
+          for (int64_t o = 0; o < out; o++) {
+            double sum = 0;
+            for (int64_t c = 0; c < in; c++) sum += (double)vt[k * in + c] * (double)d[o * in + c];
+            worst = fmax(worst, fabs(sum));
+          }
+        }
+        free(d), free(u), free(sv), free(vt), free(was[i]);
+      }
+      if (!(worst <= 1e-6 && change > 1e-4)) fail_msg("%s: %g along, weights by %g", kinds[kind].type, worst, change);
+      free(was);
+      esp_mem_free(list);
+    }
+    sf_close(&f);
+  }
+}
+
+/* What stays of a layer against its importance, the mean cosine of x and W x relative to the other layer's, in fp64. */
+static void osf_importance(void **state) {
+  static const char *const names[] = {"osf"};
+  static const esp_adapter_cfg full = {.type = "full"};
+  esp_strategy_cfg cfg = {.names = names, .n = 1, .osf = {.retain = 0.5, .retain_min = 0.2}};
+  sf f;
+  esp_trained *list;
+  esp_observed o;
+  esp_sample *some;
+  int64_t count;
+  int n, squares[2] = {0};
+  double mean[2] = {0};
+  sf_open(&f, &full, &cfg);
+  begin(&f, 0);
+  OK(esp_trained_list(&f.set.list[0], &f.q, &list, &n));
+  OK(esp_sequence_some(&f.q, 16, &some, &count));
+  OK(esp_observe(&f.q, list, n, some, count, 128, true, &o));
+  for (int i = 0; i < n; i++) {
+    const esp_site *s = list[i].site;
+    int64_t rows = o.rows[s->group->index];
+    if (s->in != s->out) continue;
+    squares[s->layer]++;
+    for (int64_t r = 0; r < rows; r++) {
+      const float *x = o.x[s->group->index] + r * s->in, *y = o.y[s->group->index] + r * s->group->out + s->col0;
+      double xy = 0, xx = 0, yy = 0;
+      for (int64_t c = 0; c < s->in; c++)
+        xy += (double)x[c] * (double)y[c], xx += (double)x[c] * (double)x[c], yy += (double)y[c] * (double)y[c];
+      mean[s->layer] += xy / sqrt(xx * yy) / (double)rows;
+    }
+  }
+  assert_true(squares[0] == 2 && squares[1] == 2);
+  for (int i = 0; i < n; i++) {
+    const esp_site *s = list[i].site;
+    double share = 0.2 + 2 * mean[s->layer] / (mean[0] + mean[1]) * (0.5 - 0.2);
+    char name[32];
+    snprintf(name, sizeof name, "v.%d", s->index);
+    esp_tensor v = esp_basis(&f.set.list[0], name, s->in);
+    double least = s->out < s->in ? (double)s->out : (double)s->in;
+    share = fmin(1, fmax(0.2, mean[0] + mean[1] > 0 ? share : 0.5));
+    assert_true(fabs((double)esp_tensor_rows(&v) - share * least) <= 0.51);
+  }
+  esp_observed_deinit(&o);
+  esp_mem_free(some);
+  esp_mem_free(list);
+  sf_close(&f);
+}
+
+static void check_rows(sf *f, const float *g, int p, const float *h, int64_t tokens, int64_t ld, double threshold) {
+  const esp_param *q = &f->a->params->list[p];
+  int64_t rows = q->shape[0], zero = 0;
+  double *size = calloc((size_t)rows, sizeof *size), kept = INFINITY, held = 0;
+  for (int64_t t = 0; t < tokens; t++) {
+    double sum = 0;
+    for (int64_t j = 0; j < rows; j++) sum += fabs((double)h[t * ld + j]);
+    for (int64_t j = 0; j < rows; j++) size[j] += fabs((double)h[t * ld + j]) / sum;
+  }
+  for (int64_t j = 0; j < rows; j++) {
+    bool any = fx_max_abs(g + q->offset + j * q->shape[1], q->shape[1]) > 0;
+    zero += !any;
+    if (any) kept = fmin(kept, size[j]);
+    if (!any) held = fmax(held, size[j]);
+  }
+  assert_int_equal(zero, (int64_t)(threshold * (double)rows + 1e-9));
+  assert_true(held <= kept);
+  free(size);
+}
+
+/* Rows of the smallest outputs have no gradient, the others keep theirs to the bit. */
+static void migu(void **state) {
+  static const char *const names[] = {"migu"};
+  for (int kind = 0; kind < N_KINDS; kind++) {
+    esp_strategy_cfg cfg = {.names = names, .n = 1, .migu = {0.5, 4, 3, 16}};
+    sf f;
+    esp_trained *list;
+    esp_observed o;
+    esp_sample *some;
+    int64_t count;
+    int n;
+    sf_open(&f, &kinds[kind], &cfg);
+    begin(&f, 0);
+    if (kind < 2) fx_shake(f.a, 0.1f, 4);
+    sf_gradient(&f, 0, 6);
+    float *before = fx_grads(f.a);
+    esp_strategy_step t = {0};
+    OK(esp_strategies_project(&f.set, &f.q, &t));
+    float *g = fx_grads(f.a);
+    for (int64_t i = 0; i < f.a->params->total; i++) assert_true(g[i] == 0 || g[i] == before[i]);
+    OK(esp_trained_list(&f.set.list[0], &f.q, &list, &n));
+    OK(esp_sequence_some(&f.q, 3, &some, &count));
+    OK(esp_observe(&f.q, list, n, some, count, 16, true, &o));
+    for (int i = 0; i < n; i++) {
+      const esp_group *group = list[i].site->group;
+      int64_t rows = o.rows[group->index], in = group->in;
+      bool whole = list[i].weight >= 0;
+      check_rows(&f, g, whole ? list[i].weight : list[i].b, o.y[group->index] + list[i].site->col0, rows, group->out,
+                 0.5);
+      if (whole) continue;
+      float h[16 * 8], *now = fx_masters(f.a);
+      const esp_param *a = &f.a->params->list[list[i].a];
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < a->shape[0]; j++) {
+          double sum = 0;
+          for (int64_t c = 0; c < in; c++)
+            sum += (double)o.x[group->index][r * in + c] * (double)now[a->offset + j * in + c];
+          h[r * a->shape[0] + j] = (float)sum;
+        }
+      check_rows(&f, g, list[i].a, h, rows, a->shape[0], 0.5);
+      free(now);
+    }
+    free(before);
+    free(g);
+    esp_observed_deinit(&o);
+    esp_mem_free(some);
+    esp_mem_free(list);
+    sf_close(&f);
+  }
+}
+
 static void refused(void **state) {
   static const char *const names[] = {"gpm"};
   esp_strategy_cfg cfg = {.names = names, .n = 1, .gpm = {.energy = 0.95, .samples = 3, .tokens = 9}};
@@ -265,13 +441,22 @@ static void refused(void **state) {
   assert_int_equal(esp_strategies_open(&f.set, &f.q), ESP_ERR_RECIPE);
   assert_non_null(strstr(esp_error_message(), "gpm is for lora"));
   sf_close(&f);
+  static const char *const osf_only[] = {"osf"};
+  sf_open(&f, &kinds[0], &none);
+  f.cfg = (esp_strategy_cfg){.names = osf_only, .n = 1, .osf = {.retain = 0.5}};
+  OK(esp_strategies_create(&f.cfg, f.r.be, &f.set));
+  assert_int_equal(esp_strategies_open(&f.set, &f.q), ESP_ERR_RECIPE);
+  assert_non_null(strstr(esp_error_message(), "osf wants factors of its own"));
+  sf_close(&f);
 }
 
 int main(void) {
   fx_setup();
   sf_setup();
-  const struct CMUnitTest tests[] = {cmocka_unit_test(observed), cmocka_unit_test(bases), cmocka_unit_test(nullspace),
-                                     cmocka_unit_test(gpm), cmocka_unit_test(refused)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(observed),  cmocka_unit_test(bases),
+                                     cmocka_unit_test(nullspace), cmocka_unit_test(gpm),
+                                     cmocka_unit_test(osf),       cmocka_unit_test(osf_importance),
+                                     cmocka_unit_test(migu),      cmocka_unit_test(refused)};
   int failed = cmocka_run_group_tests(tests, NULL, NULL);
   fx_teardown();
   return failed;
