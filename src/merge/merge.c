@@ -33,19 +33,15 @@ static esp_status rows(void *ctx, const esp_out_tensor *t, int64_t r0, int64_t n
   return esp_adapters_stored_rows(g->in.adapters, g->spec->n_adapters, s, bias, r0, n, made);
 }
 
-/* A tied head that an adapter changes on its own (not through the shared rows) has to be written apart. */
+/* A tied head that an adapter changes on its own, or leaves as it is where it changes the embedding, has to be written
+ * apart. */
 static void find_untied_head(merger *g) {
   esp_site **list;
   int n = esp_model_sites(g->in.model, &list);
-  esp_site *embed = NULL, *head = NULL;
-  for (int i = 0; i < n; i++) {
-    if (list[i]->kind == ESP_SITE_EMBED && !embed) embed = list[i]; /* the token table is the first embedding */
-    if (list[i]->is_head) head = list[i];
-  }
-  if (!head || !esp_model_describe(g->in.model)->tied || !changes(g, head, false)) return;
-  bool own = false, through_embedding = embed && changes(g, embed, false);
-  for (int i = 0; i < g->spec->n_adapters; i++) own |= g->in.adapters[i]->targeted[head->index];
-  if (own || !through_embedding) g->untied_head = head;
+  if (!esp_model_describe(g->in.model)->tied) return;
+  for (int i = 0; i < n; i++)
+    if (list[i]->is_head && esp_adapters_untie(g->in.adapters, g->spec->n_adapters, list[i], g->in.model))
+      g->untied_head = list[i];
 }
 
 static void add(esp_out_model *m, esp_site *s, const char *name, bool bias, esp_dtype dtype, const char *shard) {
@@ -59,6 +55,24 @@ static void add(esp_out_model *m, esp_site *s, const char *name, bool bias, esp_
     t->shape[1] = s->out;
     t->whole = true;
   }
+}
+
+/* The head gets a tensor of its own. A file that holds the shared one under the head's name keeps it under the other.
+ */
+static void untie(merger *g, esp_dtype stored) {
+  esp_out_model *m = &g->out;
+  esp_out_tensor *head = NULL, *embed = NULL;
+  for (int i = 0; i < m->n; i++) {
+    if (strcmp(m->list[i].name, "lm_head.weight") == 0) head = &m->list[i];
+    if (strcmp(m->list[i].name, g->sites.tied) == 0) embed = &m->list[i];
+  }
+  if (head && embed) {
+    head->site = g->untied_head;
+    head->changed = true;
+    return;
+  }
+  if (head) head->name = g->sites.tied;
+  add(m, g->untied_head, "lm_head.weight", false, stored, m->list[m->n - 1].shard);
 }
 
 /* What becomes of every tensor. A base that never had weights: everything comes from its sites. */
@@ -89,7 +103,7 @@ static esp_status plan(merger *g) {
     t->changed = (s && changes(g, s, false)) || (b && changes(g, b, true));
     t->whole = s && s->transposed;
   }
-  if (g->untied_head) add(m, g->untied_head, "lm_head.weight", false, stored, m->list[m->n - 1].shard);
+  if (g->untied_head) untie(g, stored);
   return ESP_OK;
 }
 

@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#define HEAD "lm_head.weight" /* in every family */
+
 esp_status esp_site_map_init(esp_site_map *m, const esp_model *model) {
   esp_site **list;
   int n = esp_model_sites(model, &list);
@@ -10,7 +12,11 @@ esp_status esp_site_map_init(esp_site_map *m, const esp_model *model) {
   if (!m->weight || !m->bias) return ESP_ERR_MEMORY;
   for (int i = 0; i < n; i++) {
     esp_site *s = list[i];
-    bool tied_head = s->is_head && esp_model_describe(model)->tied;
+    bool tied = esp_model_describe(model)->tied, tied_head = s->is_head && tied;
+    if (tied && s->kind == ESP_SITE_EMBED && !m->tied) { /* the token table is the first embedding */
+      m->tied = s->tensor;
+      if (!esp_map_put(m->weight, HEAD, strlen(HEAD), s)) return ESP_ERR_MEMORY;
+    }
     if (!tied_head && !esp_map_put(m->weight, s->tensor, strlen(s->tensor), s)) return ESP_ERR_MEMORY;
     if (s->bias_tensor && !esp_map_put(m->bias, s->bias_tensor, strlen(s->bias_tensor), s)) return ESP_ERR_MEMORY;
   }
@@ -23,12 +29,34 @@ void esp_site_map_deinit(esp_site_map *m) {
   *m = (esp_site_map){0};
 }
 
+const esp_st_entry *esp_site_map_find(const esp_site_map *m, const esp_st *file, const char *tensor) {
+  const esp_st_entry *e = esp_st_find(file, tensor);
+  if (e || !m->tied) return e;
+  if (strcmp(tensor, HEAD) == 0) return esp_st_find(file, m->tied);
+  return strcmp(tensor, m->tied) == 0 ? esp_st_find(file, HEAD) : NULL;
+}
+
 esp_site *esp_site_map_weight(const esp_site_map *m, const char *tensor) {
   return esp_map_get(m->weight, tensor, strlen(tensor));
 }
 
 esp_site *esp_site_map_bias(const esp_site_map *m, const char *tensor) {
   return esp_map_get(m->bias, tensor, strlen(tensor));
+}
+
+bool esp_adapters_untie(esp_adapter *const *list, int n_list, const esp_site *head, const esp_model *model) {
+  esp_site **sites;
+  const esp_site *embed = NULL;
+  int n = esp_model_sites(model, &sites);
+  for (int i = n - 1; i >= 0; i--)
+    if (sites[i]->kind == ESP_SITE_EMBED) embed = sites[i];
+  for (int i = 0; embed && i < n_list; i++) {
+    const esp_adapter *a = list[i];
+    if (a->targeted[head->index] || a->targeted[embed->index])
+      return true; /* what trains the tensor itself is shared */
+    if (esp_adapter_changes(a, head) != esp_adapter_changes(a, embed)) return true;
+  }
+  return false;
 }
 
 static void transpose(const float *from, float *to, int64_t rows, int64_t cols) {

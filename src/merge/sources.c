@@ -48,7 +48,7 @@ static void show_shape(const esp_st_entry *e, char *buf, size_t n) {
 static esp_status check_model(const esp_sources *s, const esp_source *m) {
   ESP_TRY(check_family(s, m->path));
   for (int i = 0; i < esp_st_count(s->base); i++) {
-    const esp_st_entry *e = esp_st_at(s->base, i), *f = esp_st_find(m->file, e->name);
+    const esp_st_entry *e = esp_st_at(s->base, i), *f = esp_site_map_find(&s->sites, m->file, e->name);
     char want[96], got[96];
     if (!f) return esp_fail(ESP_ERR_DATA, "%s: lacks the tensor '%s' of the base %s", m->path, e->name, s->base_dir);
     show_shape(e, want, sizeof want);
@@ -62,22 +62,22 @@ static esp_status check_model(const esp_sources *s, const esp_source *m) {
   }
   for (int i = 0; i < esp_st_count(m->file); i++) {
     const char *name = esp_st_at(m->file, i)->name;
-    if (!esp_st_find(s->base, name))
+    if (!esp_site_map_find(&s->sites, s->base, name))
       return esp_fail(ESP_ERR_DATA, "%s: tensor '%s' is not in the base %s", m->path, name, s->base_dir);
   }
   return ESP_OK;
 }
 
-/* A change of a tied head that the embedding does not carry has no tensor that it could go to. */
+/* A tied head that is no longer the embedding has no tensor that it could go to. */
 static esp_status check_adapter(const esp_sources *s, const esp_source *m) {
   esp_site **list;
   int n = esp_model_sites(s->in.model, &list);
   if (!m->adapter->kind->mergeable)
     return esp_fail(ESP_ERR_RECIPE, "%s: an adapter of type %s cannot be merged", m->path, m->adapter->kind->name);
   for (int i = 0; i < n; i++)
-    if (list[i]->is_head && esp_model_describe(s->in.model)->tied && m->adapter->targeted[list[i]->index])
+    if (list[i]->is_head && s->sites.tied && esp_adapters_untie(&m->adapter, 1, list[i], s->in.model))
       return esp_fail(ESP_ERR_RECIPE,
-                      "%s: changes '%s', which shares its weight with the embedding: merge it without a method first",
+                      "%s: makes '%s' differ from the embedding, with which it shares its weight: no method takes that",
                       m->path, list[i]->path);
   return ESP_OK;
 }
@@ -136,7 +136,7 @@ static bool changes(const esp_sources *s, const esp_source *m, const esp_st_entr
   const esp_site *w = esp_site_map_weight(&s->sites, e->name), *b = esp_site_map_bias(&s->sites, e->name);
   if (m->residual) return esp_residual_holds(m->residual, e->name);
   if (m->adapter) return (w && esp_adapter_changes(m->adapter, w)) || (b && esp_adapter_changes_bias(m->adapter, b));
-  const esp_st_entry *f = esp_st_find(m->file, e->name);
+  const esp_st_entry *f = esp_site_map_find(&s->sites, m->file, e->name);
   bool same = f->dtype == e->dtype && f->bytes == e->bytes && memcmp(f->data, e->data, (size_t)e->bytes) == 0;
   esp_st_drop(f);
   esp_st_drop(e);
@@ -199,7 +199,7 @@ static esp_status read_rows(void *ctx, int i, int64_t r0, int64_t n, float *out)
     enum { SOME = 4096 };
     float base[SOME];
     int64_t size = (int64_t)esp_dtype_size(t->stored->dtype);
-    const esp_st_entry *e = esp_st_find(m->file, t->name);
+    const esp_st_entry *e = esp_site_map_find(&s->sites, m->file, t->name);
     esp_stored_rows(e, r0, n, cols, out);
     esp_stored_drop(e, r0, n, cols);
     for (int64_t k = 0; k < len; k += SOME) {
@@ -234,5 +234,5 @@ esp_vectors esp_sources_vectors(esp_sources *s, const esp_out_tensor *t) {
 
 void esp_sources_drop(const esp_sources *s, const esp_out_tensor *t) {
   for (int i = 0; i < s->n; i++)
-    if (s->list[i].file) esp_st_drop(esp_st_find(s->list[i].file, t->name));
+    if (s->list[i].file) esp_st_drop(esp_site_map_find(&s->sites, s->list[i].file, t->name));
 }

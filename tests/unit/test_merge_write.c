@@ -105,6 +105,46 @@ static void tied_head_is_untied(void **state) {
   json_decref(j);
 }
 
+/* An embedding that changes alone: the head stays the base's. Also of a file that holds the shared tensor once, under
+ * the head's name, as the Python package leaves it. */
+static void embedding_is_untied(void **state) {
+  (void)state;
+  static const char *const target[] = {"embed_tokens", "q_proj", "lm_head"};
+  for (int k = 0; k < 4; k++) {
+    int renamed = k / 2, n_target = 2 + k % 2; /* alone, and both in ways of their own */
+    paths("llama");
+    if (renamed) {
+      char from[300], to[300];
+      esp_st *f;
+      esp_st_writer *w;
+      OK(esp_mkdirs(other));
+      OK(esp_copy_file(esp_path_join(from, sizeof from, base, "config.json"),
+                       esp_path_join(to, sizeof to, other, "config.json")));
+      OK(esp_st_open(base, &f));
+      OK(esp_st_writer_create(esp_path_join(to, sizeof to, other, "model.safetensors"), &w));
+      OK(esp_st_writer_metadata(w, "model.embed_tokens.weight", "lm_head.weight"));
+      for (int pass = 0; pass < 2; pass++)
+        for (int i = 0; i < esp_st_count(f); i++) {
+          const esp_st_entry *e = esp_st_at(f, i);
+          const char *name = strcmp(e->name, "model.embed_tokens.weight") == 0 ? "lm_head.weight" : e->name;
+          if (pass == 0) OK(esp_st_writer_declare(w, name, e->dtype, e->ndim, e->shape));
+          if (pass == 1) OK(esp_st_writer_put(w, name, e->data, e->bytes));
+        }
+      OK(esp_st_writer_commit(w));
+      esp_st_close(f);
+      snprintf(base, sizeof base, "%s", other);
+    }
+    make_lora(
+        &(esp_adapter_cfg){.type = "lora", .r = 4, .alpha = 8, .target = target, .n_target = n_target, .bias = "none"},
+        with_adapter);
+    const char *list[] = {lora};
+    esp_merge_spec spec = {.base = base, .adapters = list, .n_adapters = 1, .out = merged};
+    OK(esp_merge_write(&spec, NULL));
+    logits_of(merged, NULL, after);
+    assert_true(fx_rel(after, with_adapter, FX_T * FX_VOCAB) < 2e-6);
+  }
+}
+
 static void rounded_once(void **state) {
   (void)state;
   paths("qwen");
@@ -273,10 +313,15 @@ static int teardown(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(merged_equals_unmerged), cmocka_unit_test(weights_scale_and_unmerge_is_the_base),
-      cmocka_unit_test(tied_head_is_untied),    cmocka_unit_test(rounded_once),
-      cmocka_unit_test(shards_stay_shards),     cmocka_unit_test(extraction_gives_the_adapter_back),
-      cmocka_unit_test(vllm_export_is_uniform), cmocka_unit_test(refusals),
+      cmocka_unit_test(merged_equals_unmerged),
+      cmocka_unit_test(weights_scale_and_unmerge_is_the_base),
+      cmocka_unit_test(tied_head_is_untied),
+      cmocka_unit_test(embedding_is_untied),
+      cmocka_unit_test(rounded_once),
+      cmocka_unit_test(shards_stay_shards),
+      cmocka_unit_test(extraction_gives_the_adapter_back),
+      cmocka_unit_test(vllm_export_is_uniform),
+      cmocka_unit_test(refusals),
   };
   return cmocka_run_group_tests_name("merge", tests, setup, teardown);
 }
