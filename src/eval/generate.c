@@ -100,6 +100,7 @@ esp_status esp_generate(esp_model *m, esp_stack *stack, const esp_ids *prompts, 
   esp_kv *kv = NULL;
   state s = {0};
   const esp_model_desc *d = esp_model_describe(m);
+  bool counting = esp_backend_counts(esp_model_backend(m));
   int64_t tokens = 0, longest = 0, front = esp_model_virtual_tokens(m);
   for (int i = 0; i < n; i++) {
     if (prompts[i].n == 0) return esp_fail(ESP_ERR_DATA, "prompt %d is empty", i + 1);
@@ -135,16 +136,15 @@ esp_status esp_generate(esp_model *m, esp_stack *stack, const esp_ids *prompts, 
     for (int i = 0; i < n; i++) {
       if (s.done[i]) continue;
       const float *logits = s.logits + (int64_t)i * d->vocab;
-      int32_t id = cfg->temperature > 0 ? sample(logits, d->vocab, cfg, s.work, (uint64_t)i, (uint64_t)k)
-                                        : argmax(logits, d->vocab);
+      int32_t id = cfg->temperature > 0
+                       ? sample(logits, d->vocab, cfg, s.work, (uint64_t)(cfg->first_row + i), (uint64_t)k)
+                       : argmax(logits, d->vocab);
       s.next[i] = id;
-      if (is_stop(cfg, id)) {
-        s.done[i] = true;
-        open--;
-      } else {
-        ESP_GOTO(append(&out[i], id));
-      }
+      bool stop = is_stop(cfg, id);
+      if (!stop || cfg->keep_stop) ESP_GOTO(append(&out[i], id));
+      if (stop) s.done[i] = true, open--;
     }
+    if (counting && k == 1) break; /* the next ones need what this one did */
     if (open > 0 && k + 1 < cfg->max_new_tokens) ESP_GOTO(esp_model_decode(m, stack, kv, s.next, s.logits));
   }
 out:

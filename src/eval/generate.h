@@ -11,8 +11,10 @@ typedef struct esp_gen_cfg {
   double top_p;       /* 0 or 1: off */
   int top_k;          /* 0: off */
   uint64_t seed;
-  const int32_t *stop; /* ids that end a sequence; not part of the output */
+  const int32_t *stop; /* ids that end a sequence; not part of the output unless keep_stop */
   int n_stop;
+  bool keep_stop;          /* it is part of the output */
+  int64_t first_row;       /* row of the first prompt in the draws: calls in turn draw like one */
   const int32_t *adapters; /* per prompt, as in esp_batch; NULL: every active adapter on all */
 } esp_gen_cfg;
 

@@ -31,6 +31,20 @@ static const esp_key lwf_keys[] = {
 };
 STRATEGY(lwf, "Strategy lwf: what an earlier adapter answers to the new task's rows is kept.");
 
+static const esp_key seqkd_keys[] = {
+    {"samples", ESP_T_INT, AT(continual.strategy.seqkd.samples), .def = "64", RANGE(1, 1e6),
+     .help = "prompts of a task that the adapter of the task before answers"},
+    {"max_new_tokens", ESP_T_INT, AT(continual.strategy.seqkd.max_new_tokens), .def = "64", RANGE(1, 1048576),
+     .help = "of an answer"},
+    {"temperature", ESP_T_NUMBER, AT(continual.strategy.seqkd.temperature), .def = "0", RANGE(0, 100),
+     .help = "0: the likeliest token each time, else answers are drawn"},
+    {"batch", ESP_T_INT, AT(continual.strategy.seqkd.batch), .def = "4", RANGE(1, 1e6),
+     .help = "of these rows that a step trains, over all ranks"},
+    {"weight", ESP_T_NUMBER, AT(continual.strategy.seqkd.weight), .def = "1", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e6),
+     .help = "of the loss of their tokens"},
+};
+STRATEGY(seqkd, "Strategy seqkd: what the adapter of the task before answers itself is trained on.");
+
 static const esp_key lae_keys[] = {
     {"decay", ESP_T_NUMBER, AT(continual.strategy.lae.decay), .def = "0.9999", .flags = ESP_K_BELOW_MAX, RANGE(0, 1),
      .help = "share of the slow values that a step keeps"},

@@ -38,6 +38,11 @@ typedef struct esp_strategy_cfg {
     const char *hidden_loss; /* l2 | l1 */
   } lwf;
   struct {
+    int64_t samples, max_new_tokens; /* rows answered before a task, and how long */
+    int64_t batch;                   /* trained in a step */
+    double temperature, weight;
+  } seqkd;
+  struct {
     double decay; /* a of phi <- a phi + (1-a) theta */
   } lae;
   struct {

@@ -156,7 +156,7 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   esp_mem_stats_reset_peak();
   ESP_GOTO(esp_comm_create("self", &alone));
   ESP_GOTO(esp_engine_init(&e, r, alone, true));
-  ESP_GOTO(esp_engine_strategies(&e, d, NULL));
+  ESP_GOTO(esp_engine_strategies(&e, d, hooks));
   for (int i = 0; i < r->n_tasks; i++) {
     const esp_task_steps *c = &out->task[i];
     double flops = 0;
