@@ -368,6 +368,11 @@ bad "sweep over seeds that are none" 2 "--seeds: expected integers with commas, 
 bad "sweep over an order of other tasks" 2 "no task is named 'zz'" $no sweep r.yaml --out out --order a,zz
 bad "sweep over two recipes of one name" 2 "two recipes are called 'r'" "cp r.yaml empty/r.yaml" sweep r.yaml empty/r.yaml --out out
 bad "sweep into a file" 3 "a.jsonl" $no sweep r.yaml --out a.jsonl/x
+bad "merge of tasks by no method" 2 "after\[0\].merge_tasks.method: 'tie' is not one of .*did you mean 'ties'" $no run r.yaml 'after=[merge_tasks: {method: tie}]'
+bad "merge of tasks without a method" 2 "missing key 'after\[0\].merge_tasks.method'" $no run r.yaml 'after=[merge_tasks: ]'
+bad "merge of one task" 2 "^r.yaml: after\[0\].merge_tasks: merge: magmax takes at least 2 inputs, not 1" $no run r.yaml 'after=[merge_tasks: {method: magmax}]'
+bad "merge of tasks without density" 2 "^r.yaml: after\[0\].merge_tasks: merge: ties needs a density" $no run r.yaml 'after=[merge_tasks: {method: ties}]'
+bad "merge of tasks by a set that is none" 2 "no evaluation set is named 'x'" $no run r.yaml 'after=[merge_tasks: {method: mwa, metric: x}]'
 bad "order with a task twice" 2 "continual.order: 'a' stands twice" $no run r.yaml 'continual.order=[a, a]'
 bad "strategy that is none" 2 "continual.strategy: 'ewk' is not one of" $no run r.yaml continual.strategy=ewk
 bad "strategy named twice" 2 "continual.strategy: l2 is named twice" $no run r.yaml 'continual.strategy=[l2, l2]'

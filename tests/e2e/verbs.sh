@@ -86,6 +86,11 @@ try generate 0 generate -m model -a out/adapters/b -p 'item 1 is ' -p 'item 2 is
 try merge 0 merge -b model -a out/adapters/b:0.5 -o merged --verify 4; says o 'tensors, [1-9][0-9]* changed'; says o 'verified'
 try export 0 export -b model -a out/adapters/b -o exported --as lora; holds exported/adapter_config.json
 try extract 0 extract -b model -t merged -o extracted -r 4; holds extracted/adapter_model.safetensors
+try "method over models" 0 merge -b model --models merged out/adapters/a --method ties --density 0.5 --weight 0.6,0.4 -o tied; says o '^ties of 2 inputs'; holds tied/model.safetensors tied/tokenizer.json
+try "method over adapters" 0 merge -b model -a out/adapters/a -a out/adapters/b --combine opcm -o joined --json; json; holds joined/adapter_model.safetensors
+try "difference in one bit" 0 extract -b model -t merged --as 1bit -o bits; says o "of the model's bytes"; holds bits/residual.safetensors
+try "difference in low rank" 0 extract -b model -t merged --as lowrank --energy 0.99 --bits 8 -o ranks --json; json
+try "models from differences" 0 merge -b model --models bits ranks merged --method magmax -o back; holds back/model.safetensors
 for s in INT TERM USR1; do
   rm -f o e
   "$espalier" run r.yaml --output sig$s train.max_steps=100000 >o 2>e &
