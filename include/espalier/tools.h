@@ -105,8 +105,11 @@ typedef struct esp_matrix_options { /* all zero: the defaults */
 } esp_matrix_options;
 /* The score matrix of a run and what follows from it and from the evaluations inside tasks, with their formulas. */
 ESP_API esp_status esp_run_matrix(const char *run_dir, const esp_matrix_options *options, char **text);
-/* A self-contained HTML page; out NULL: <run_dir>/report.html. */
-ESP_API esp_status esp_run_report(const char *run_dir, const char *out);
+/* A self-contained HTML page about a run, or about several side by side; one directory with a sweep.json stands for the
+ * runs of that sweep. out NULL: report.html in the one directory. */
+ESP_API esp_status esp_run_report(const char *const *dirs, int n, const char *out);
+/* The same for a terminal. */
+ESP_API esp_status esp_run_report_text(const char *const *dirs, int n, char **text);
 
 /* Runs side by side: variants of a recipe over orders of tasks and seeds. */
 typedef struct esp_run_place {

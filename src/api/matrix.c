@@ -30,7 +30,7 @@ esp_status esp_run_matrix(const char *run_dir, const esp_matrix_options *options
   esp_matrix **others = NULL;
   esp_curve_summary curve;
   esp_reference_summary reference;
-  esp_matrix_view view = {.formulas = true, .curve = &curve, .window = o->window > 0 ? (double)o->window : 10};
+  esp_matrix_view view = {.formulas = true, .curve = &curve, .window = o->window > 0 ? (double)o->window : ESP_RUN_WINDOW};
   esp_strbuf b;
   esp_strbuf_init(&b);
   *text = NULL;
@@ -55,6 +55,10 @@ esp_status esp_run_matrix(const char *run_dir, const esp_matrix_options *options
     esp_matrix_render_json(d.matrix, &view, &b);
   else
     esp_matrix_render_text(d.matrix, &view, &b);
+  if (!o->json && d.result && json_object_get(d.result, "memory")) {
+    esp_strbuf_puts(&b, "bytes held at most (strategies: at the end):\n");
+    esp_run_data_memory(&d, &b);
+  }
   *text = esp_strbuf_take(&b);
   if (!*text) st = ESP_ERR_MEMORY;
 out:

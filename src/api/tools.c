@@ -4,7 +4,6 @@
 
 #include "api/api.h"
 #include "core/strbuf.h"
-#include "eval/report.h"
 #include "io/file.h"
 #include "merge/merge.h"
 #include "merge/method.h"
@@ -136,10 +135,6 @@ esp_status esp_export(const esp_export_options *o, esp_extract_result *out) {
   ESP_TRY(esp_export_write(o->base, o->adapter, o->out, o->as != NULL, o->target != NULL, o->rank, &s));
   svd_result(&s, out);
   return ESP_OK;
-}
-
-esp_status esp_run_report(const char *run_dir, const char *out) {
-  return esp_report_write(run_dir, out);
 }
 
 char *esp_schema(const char *format) {

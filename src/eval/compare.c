@@ -6,11 +6,11 @@
 #include <string.h>
 
 #include "core/mem.h"
+#include "eval/html.h"
 #include "eval/run_data.h"
 #include "io/file.h"
 
 enum { SCORE, SIGNED, COUNT, BYTES, SECONDS };
-enum { WINDOW = 10 }; /* steps of windowed forgetting and plasticity */
 static const struct {
   const char *key, *label;
   int unit;
@@ -29,6 +29,9 @@ static const struct {
     [ESP_MEASURE_WP] = {"wp", "WP", SCORE},
     [ESP_MEASURE_GAP] = {"gap", "gap", SCORE},
     [ESP_MEASURE_TRAINED] = {"trainable", "trained", COUNT},
+    [ESP_MEASURE_ADAPTER] = {"adapter_bytes", "adapter", BYTES},
+    [ESP_MEASURE_OPTIM] = {"optim_bytes", "optimizer", BYTES},
+    [ESP_MEASURE_STRATEGY] = {"strategy_bytes", "strategy", BYTES},
     [ESP_MEASURE_MEMORY] = {"memory_peak", "memory", BYTES},
     [ESP_MEASURE_STEP] = {"step_seconds", "step", SECONDS},
     [ESP_MEASURE_SECONDS] = {"seconds", "run", SECONDS},
@@ -53,10 +56,13 @@ esp_status esp_compared_read(esp_compared *run) {
   double *v = run->value, device = esp_run_data_result(&d, "device_peak");
   v[ESP_MEASURE_TRAINED] = esp_run_data_result(&d, "trainable");
   v[ESP_MEASURE_MEMORY] = device > 0 ? device : esp_run_data_result(&d, "memory_peak");
+  v[ESP_MEASURE_ADAPTER] = esp_run_data_result(&d, "memory.params");
+  v[ESP_MEASURE_OPTIM] = esp_run_data_result(&d, "memory.optim");
+  v[ESP_MEASURE_STRATEGY] = esp_run_data_strategies(&d);
   v[ESP_MEASURE_STEP] = esp_run_data_step_seconds(&d);
   v[ESP_MEASURE_SECONDS] = esp_run_data_result(&d, "seconds");
   esp_curve_summary c;
-  st = esp_run_data_inside(&d, WINDOW, &c);
+  st = esp_run_data_inside(&d, ESP_RUN_WINDOW, &c);
   v[ESP_MEASURE_MIN_ACC] = c.min_acc;
   v[ESP_MEASURE_WC_ACC] = c.wc_acc;
   v[ESP_MEASURE_WF] = c.wf;
@@ -147,7 +153,7 @@ static void show(char out[CELL], const esp_spread *s, int unit, bool difference)
   }
   double size = fabs(s->mean);
   if (unit == BYTES)
-    scale = 1.0 / 1048576, suffix = " MiB", digits = 1;
+    scale = 1.0 / 1048576, suffix = " MiB", digits = 2;
   else if (unit == COUNT)
     digits = 0;
   else if (unit == SECONDS && size < 1)
@@ -168,7 +174,29 @@ static int width_of(const char *s) {
   return n;
 }
 
-static void render(const table *t, bool markdown, esp_strbuf *out) {
+enum { PLAIN, MARKDOWN, HTML };
+
+static void render_html(const table *t, esp_strbuf *out) {
+  esp_strbuf_puts(out, "<div class=wide><table class=plain>");
+  for (int r = 0; r < t->rows; r++) {
+    esp_strbuf_puts(out, "<tr>");
+    for (int c = 0; c < t->columns; c++) {
+      esp_strbuf_puts(out, r == 0 ? "<th" : "<td");
+      esp_strbuf_puts(out, c < t->names ? " class=l>" : ">");
+      esp_html_text(out, t->cell[r][c]);
+      esp_strbuf_puts(out, r == 0 ? "</th>" : "</td>");
+    }
+    esp_strbuf_puts(out, "</tr>");
+  }
+  esp_strbuf_puts(out, "</table></div>");
+}
+
+static void render(const table *t, int form, esp_strbuf *out) {
+  bool markdown = form == MARKDOWN;
+  if (form == HTML) {
+    render_html(t, out);
+    return;
+  }
   int width[MAX_COLUMNS] = {0};
   for (int c = 0; c < t->columns; c++)
     for (int r = 0; r < t->rows; r++)
@@ -195,8 +223,9 @@ static char *next_cell(table *t, int row) {
 
 static void by_variant(const esp_compared *runs, int n, table *t) {
   static const esp_measure shown[] = {
-      ESP_MEASURE_ACC,    ESP_MEASURE_BWT,    ESP_MEASURE_FWT,    ESP_MEASURE_FORGETTING, ESP_MEASURE_LEARNING,
-      ESP_MEASURE_LOWEST, ESP_MEASURE_WC_ACC, ESP_MEASURE_MEMORY, ESP_MEASURE_TRAINED,    ESP_MEASURE_STEP};
+      ESP_MEASURE_ACC,      ESP_MEASURE_BWT,     ESP_MEASURE_FWT,    ESP_MEASURE_FORGETTING, ESP_MEASURE_LEARNING,
+      ESP_MEASURE_LOWEST,   ESP_MEASURE_WC_ACC,  ESP_MEASURE_MEMORY, ESP_MEASURE_ADAPTER,    ESP_MEASURE_OPTIM,
+      ESP_MEASURE_STRATEGY, ESP_MEASURE_TRAINED, ESP_MEASURE_STEP};
   t->rows = 1;
   t->names = 1;
   for (int i = 0; i < n; i++) {
@@ -270,7 +299,7 @@ static void by_order(const esp_compared *runs, int n, table *t) {
     }
 }
 
-void esp_compare_table(const esp_compared *runs, int n, bool markdown, esp_strbuf *out) {
+static void tables(const esp_compared *runs, int n, int form, esp_strbuf *out) {
   int variants = 0, orders = 0;
   for (int i = 0; i < n; i++) variants += first_variant(runs, i), orders += first_order(runs, i);
   if (n == 0) return;
@@ -280,17 +309,29 @@ void esp_compare_table(const esp_compared *runs, int n, bool markdown, esp_strbu
     return;
   }
   by_variant(runs, n, &t);
-  render(&t, markdown, out);
-  esp_strbuf_printf(out,
-                    "%smean ± sample standard deviation over the runs; paired: to %s, run by run of the same order "
-                    "and seed; step: median of a run\n",
-                    markdown ? "\n" : "", runs[0].variant);
+  render(&t, form, out);
+  esp_strbuf_puts(out, form == HTML ? "<p>" : form == MARKDOWN ? "\n" : "");
+  esp_strbuf_puts(out, "mean ± sample standard deviation over the runs; paired: to ");
+  if (form == HTML)
+    esp_html_text(out, runs[0].variant);
+  else
+    esp_strbuf_puts(out, runs[0].variant);
+  esp_strbuf_puts(out, ", run by run of the same order and seed; step: median of a run");
+  esp_strbuf_puts(out, form == HTML ? "</p>" : "\n");
   if (orders > 1) {
-    esp_strbuf_putc(out, '\n');
+    if (form != HTML) esp_strbuf_putc(out, '\n');
     by_order(runs, n, &t);
-    render(&t, markdown, out);
+    render(&t, form, out);
   }
   esp_mem_free(t.cell);
+}
+
+void esp_compare_table(const esp_compared *runs, int n, bool markdown, esp_strbuf *out) {
+  tables(runs, n, markdown ? MARKDOWN : PLAIN, out);
+}
+
+void esp_compare_html(const esp_compared *runs, int n, esp_strbuf *out) {
+  tables(runs, n, HTML, out);
 }
 
 /* ---- JSON ---- */

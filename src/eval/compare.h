@@ -22,6 +22,9 @@ typedef enum esp_measure {
   ESP_MEASURE_WP,
   ESP_MEASURE_GAP,
   ESP_MEASURE_TRAINED, /* parameters */
+  ESP_MEASURE_ADAPTER, /* peak bytes of trained parameters, of optimizer state, what the strategies hold at the end */
+  ESP_MEASURE_OPTIM,
+  ESP_MEASURE_STRATEGY,
   ESP_MEASURE_MEMORY,  /* peak bytes: of the device where one was used, else of the host */
   ESP_MEASURE_STEP,    /* seconds of the median step */
   ESP_MEASURE_SECONDS, /* of the run */
@@ -50,6 +53,7 @@ esp_spread esp_compare_pairs(const esp_compared *runs, int n, const char *varian
 
 /* Variants as rows; with several orders, a table per order follows. */
 void esp_compare_table(const esp_compared *runs, int n, bool markdown, esp_strbuf *out);
+void esp_compare_html(const esp_compared *runs, int n, esp_strbuf *out);
 /* {"runs": [...], "variants": [...]}; NULL: out of memory. */
 json_t *esp_compare_json(const esp_compared *runs, int n);
 

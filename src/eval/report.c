@@ -1,176 +1,147 @@
+/* report.c: the page about one run. */
 #include "eval/report.h"
 
 #include <limits.h>
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "core/mem.h"
-#include "core/strbuf.h"
+#include "eval/html.h"
 #include "eval/report_norms.h"
+#include "eval/report_samples.h"
 #include "eval/run_data.h"
 #include "io/file.h"
 
-/* ---- pieces of the page ---- */
-
-static void text(esp_strbuf *b, const char *s) {
-  for (; *s; s++) switch (*s) {
-    case '<':
-      esp_strbuf_puts(b, "&lt;");
-      break;
-    case '>':
-      esp_strbuf_puts(b, "&gt;");
-      break;
-    case '&':
-      esp_strbuf_puts(b, "&amp;");
-      break;
-    case '"':
-      esp_strbuf_puts(b, "&quot;");
-      break;
-    default:
-      esp_strbuf_putc(b, *s);
-    }
-}
-
-static const char style[] =
-    "<style>:root{color-scheme:light "
-    "dark;--bg:#fff;--fg:#1c2024;--soft:#667;--line:#d9dde3;--ink:#2f6f4f;--mark:#b4572a;"
-    "--card:#f7f8fa}@media(prefers-color-scheme:dark){:root{--bg:#14171a;--fg:#e6e8ea;--soft:#9aa3ad;--line:#343a41;"
-    "--ink:#7cc79d;--mark:#e89a6c;--card:#1c2024}}"
-    "*{box-sizing:border-box}body{margin:0 auto;max-width:1000px;padding:24px 16px "
-    "48px;background:var(--bg);color:var(--fg);"
-    "font:15px/1.5 system-ui,sans-serif}h1{font-size:26px;margin:0 0 2px}h2{font-size:18px;margin:34px 0 8px}"
-    "p,figcaption{color:var(--soft);margin:2px 0 10px}.facts{display:flex;flex-wrap:wrap;gap:10px;margin:14px 0}"
-    ".facts div{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px 14px;min-width:105px}"
-    ".facts b{display:block;font-size:19px;font-variant-numeric:tabular-nums}.facts "
-    "span{color:var(--soft);font-size:13px}"
-    ".wide{overflow-x:auto}table{border-collapse:separate;border-spacing:3px;font-variant-numeric:tabular-nums}"
-    "th{font-weight:500;color:var(--soft);padding:4px 10px;text-align:right;white-space:nowrap}th.row{text-align:left}"
-    "td{padding:9px 14px;text-align:right;border-radius:5px;min-width:74px;color:#10231a}td.own{outline:2px solid "
-    "var(--mark)}"
-    "td.none{color:var(--soft)}figure{margin:0 0 18px}svg{width:100%;height:auto;display:block}"
-    "svg text{fill:var(--soft);font:11px system-ui,sans-serif}.grid{stroke:var(--line);stroke-width:1}"
-    ".curve{fill:none;stroke:var(--ink);stroke-width:1.6;stroke-linejoin:round}.faint{opacity:.28;stroke-width:1}"
-    ".switch{stroke:var(--mark);stroke-width:1;stroke-dasharray:4 3}.bar{fill:var(--ink)}"
-    "pre{background:var(--card);border:1px solid "
-    "var(--line);border-radius:8px;padding:12px;overflow-x:auto;font-size:12.5px}"
-    "</style>";
-
-static void fact(esp_strbuf *b, const char *label, const char *value) {
-  esp_strbuf_puts(b, "<div><b>");
-  text(b, value);
-  esp_strbuf_puts(b, "</b><span>");
-  text(b, label);
-  esp_strbuf_puts(b, "</span></div>");
-}
-
-static void fact_score(esp_strbuf *b, const char *label, double v, bool sign) {
-  char s[32];
-  if (isnan(v)) return;
-  snprintf(s, sizeof s, sign ? "%+.3f" : "%.3f", v);
-  fact(b, label, s);
-}
-
-/* Light to green by rank inside the column's range, so that columns of different metrics can stand side by side. */
-static void heat(const esp_matrix *m, int set, double v, char *css, size_t n) {
-  double lo = INFINITY, hi = -INFINITY;
-  for (int r = 0; r <= m->tasks; r++) {
-    double x = *esp_matrix_cell(m, r, set);
-    if (isnan(x)) continue;
-    lo = fmin(lo, x);
-    hi = fmax(hi, x);
+static void facts(esp_strbuf *b, const esp_run_data *d, const esp_curve_summary *inside) {
+  char v[48];
+  esp_strbuf_puts(b, "<div class=facts>");
+  snprintf(v, sizeof v, "%lld", (long long)d->n);
+  esp_html_fact(b, "optimizer steps", v);
+  if (d->n > 0) {
+    snprintf(v, sizeof v, "%.4f", d->value[ESP_RUN_LOSS][d->n - 1]);
+    esp_html_fact(b, "last loss", v);
   }
-  bool share = lo >= 0 && hi <= 1 && !m->smaller_better[set];
-  double t = share ? v : hi > lo ? (v - lo) / (hi - lo) : 0.5;
-  if (m->smaller_better[set]) t = 1 - t;
-  snprintf(css, n, "background:hsl(%.0f 48%% %.0f%%)", 35 + 110 * t, 88 - 22 * t);
-}
-
-static void matrix_table(esp_strbuf *b, const esp_matrix *m) {
-  esp_strbuf_puts(b, "<h2>Score matrix</h2><p>Rows: after training that task. Columns: evaluation sets. Outlined: a "
-                     "task's own set right after it was trained.</p><div class=wide><table><tr><th class=row></th>");
-  for (int s = 0; s < m->sets; s++) {
-    esp_strbuf_puts(b, "<th>");
-    text(b, m->set_name[s]);
-    esp_strbuf_puts(b, "<br><small>");
-    text(b, m->set_metric[s]);
-    esp_strbuf_puts(b, m->smaller_better[s] ? " &darr;</small></th>" : "</small></th>");
+  if (d->tokens_per_second > 0) {
+    snprintf(v, sizeof v, "%.0f", d->tokens_per_second);
+    esp_html_fact(b, "tokens per second", v);
   }
-  for (int r = 0; r <= m->tasks; r++) {
-    esp_strbuf_puts(b, "</tr><tr><th class=row>");
-    if (r) esp_strbuf_printf(b, "%d ", r);
-    text(b, r ? m->task_name[r - 1] : "base");
-    esp_strbuf_puts(b, "</th>");
-    for (int s = 0; s < m->sets; s++) {
-      double v = *esp_matrix_cell(m, r, s);
-      char css[96];
-      if (isnan(v)) {
-        esp_strbuf_puts(b, "<td class=none>&ndash;</td>");
-        continue;
-      }
-      heat(m, s, v, css, sizeof css);
-      bool own = r > 0 && m->column[r - 1] == s;
-      esp_strbuf_printf(b, "<td%s style=\"%s\">%.3f</td>", own ? " class=own" : "", css, v);
+  if (d->seconds > 0) {
+    int t = (int)(d->seconds + 0.5);
+    snprintf(v, sizeof v, "%02d:%02d:%02d", t / 3600, t / 60 % 60, t % 60);
+    esp_html_fact(b, "training time", v);
+  }
+  if (d->memory > 0) {
+    snprintf(v, sizeof v, "%.1f MiB", d->memory / (1 << 20));
+    esp_html_fact(b, "peak memory", v);
+  }
+  if (d->matrix) {
+    esp_matrix_summary x;
+    esp_matrix_summarise(d->matrix, &x);
+    esp_html_score(b, "ACC", x.acc, false);
+    esp_html_score(b, "BWT", x.bwt, true);
+    esp_html_score(b, "FWT", x.fwt, true);
+    esp_html_score(b, "forgetting", x.forgetting, false);
+    esp_html_score(b, "lowest", x.lowest, false);
+    if (inside->inside > 0) {
+      esp_html_score(b, "WC-ACC", inside->wc_acc, false);
+      esp_html_score(b, "stability gap", inside->gap, false);
     }
   }
-  esp_strbuf_puts(b, "</tr></table></div>");
+  esp_strbuf_puts(b, "</div>");
 }
 
-/* Nice round step for about four grid lines. */
-static double grid_step(double range) {
-  double raw = range / 4, p = pow(10, floor(log10(raw > 0 ? raw : 1)));
-  double f = raw / p;
-  return (f < 1.5 ? 1 : f < 3.5 ? 2 : f < 7.5 ? 5 : 10) * p;
+/* ---- scores over steps ---- */
+
+static bool is_share(const esp_run_curve *c) {
+  for (int64_t i = 0; i < c->n; i++)
+    if (c->score[i] < 0 || c->score[i] > 1) return false;
+  return true;
 }
 
-static void polyline(esp_strbuf *b, const esp_run_data *s, const double *v, const char *cls, double x0, double x1,
-                     double lo, double hi, int64_t smooth) {
-  esp_strbuf_printf(b, "<polyline class=\"%s\" points=\"", cls);
-  int64_t stride = s->n > 1600 ? s->n / 800 : 1;
-  for (int64_t i = 0; i < s->n; i += stride) {
-    int64_t a = i - smooth < 0 ? 0 : i - smooth, z = i + smooth >= s->n ? s->n - 1 : i + smooth;
+static esp_html_line line_of(const esp_run_curve *c, int color) {
+  return (esp_html_line){.name = c->set, .x = c->step, .y = c->score, .n = c->n, .color = color, .dots = true};
+}
+
+static void score_charts(esp_strbuf *b, const esp_run_data *d) {
+  esp_html_line lines[64];
+  int n = 0;
+  const esp_matrix *m = d->matrix;
+  if (!m || d->n_curves == 0) return;
+  esp_strbuf_puts(b, "<h2>Scores over steps</h2><p>Each mark is an evaluation; dashed: a new task begins. What falls "
+                     "behind a switch and comes back is the stability gap.</p>");
+  for (int t = 0; t < m->tasks && n < 64; t++) {
+    const char *set = m->column[t] >= 0 ? m->set_name[m->column[t]] : NULL;
+    const esp_run_curve *c = set ? esp_run_data_curve(d, set, m->set_metric[m->column[t]]) : NULL;
+    if (c && !m->smaller_better[m->column[t]] && is_share(c)) lines[n++] = line_of(c, t % ESP_HTML_COLORS);
+  }
+  esp_html_chart chart = {.caption = "Score on each task's own set",
+                          .lines = lines,
+                          .n_lines = n,
+                          .switches = d->switches,
+                          .n_switches = d->n_switches,
+                          .lo = 0,
+                          .hi = 1,
+                          .legend = true};
+  esp_html_chart_put(b, &chart);
+  for (int i = 0; i < d->n_curves; i++) {
+    const esp_run_curve *c = &d->curves[i];
+    bool shown = false;
+    for (int k = 0; k < n; k++) shown |= lines[k].x == c->step;
+    if (shown) continue;
+    char caption[2 * ESP_MATRIX_NAME + 8];
+    snprintf(caption, sizeof caption, "%s (%s)", c->set, c->metric);
+    esp_html_line one = line_of(c, i % ESP_HTML_COLORS);
+    esp_html_chart other = {
+        .caption = caption, .lines = &one, .n_lines = 1, .switches = d->switches, .n_switches = d->n_switches};
+    esp_html_chart_put(b, &other);
+  }
+}
+
+/* ---- training ---- */
+
+/* Means over `reach` steps to each side. */
+static void smooth(const double *v, int64_t n, int64_t reach, double *out) {
+  for (int64_t i = 0; i < n; i++) {
+    int64_t a = i - reach < 0 ? 0 : i - reach, z = i + reach >= n ? n - 1 : i + reach;
     double sum = 0;
     for (int64_t k = a; k <= z; k++) sum += v[k];
-    double y = (sum / (double)(z - a + 1) - lo) / (hi - lo);
-    double x = x1 > x0 ? (s->step[i] - x0) / (x1 - x0) : 0.5;
-    esp_strbuf_printf(b, "%.1f,%.1f ", 48 + x * 940, 190 - y * 170);
+    out[i] = sum / (double)(z - a + 1);
   }
-  esp_strbuf_puts(b, "\"/>");
 }
 
-static void chart(esp_strbuf *b, const esp_run_data *s, int which, const char *caption) {
-  const double *v = s->value[which];
-  double lo = INFINITY, hi = -INFINITY, x0 = s->step[0], x1 = s->step[s->n - 1];
-  for (int64_t i = 0; i < s->n; i++) {
-    if (isnan(v[i])) return;
-    lo = fmin(lo, v[i]);
-    hi = fmax(hi, v[i]);
+static esp_status training_charts(esp_strbuf *b, const esp_run_data *d) {
+  static const struct {
+    int value;
+    const char *caption;
+  } charts[] = {{ESP_RUN_LOSS, "Loss per trained token"},
+                {ESP_RUN_LR, "Learning rate"},
+                {ESP_RUN_GRAD_NORM, "Gradient norm before clipping"}};
+  if (d->n == 0) return ESP_OK;
+  double *mean = esp_mem_alloc(ESP_MEM_HOST, (size_t)d->n * sizeof *mean);
+  if (!mean) return ESP_ERR_MEMORY;
+  esp_strbuf_puts(b, "<h2>Training</h2>");
+  for (size_t i = 0; i < sizeof charts / sizeof *charts; i++) {
+    const double *v = d->value[charts[i].value];
+    int64_t reach = charts[i].value == ESP_RUN_LR ? 0 : d->n / 60;
+    char caption[96];
+    smooth(v, d->n, reach, mean);
+    snprintf(caption, sizeof caption, "%s%s", charts[i].caption,
+             reach > 0 ? " (faint: each step; line: running mean)" : "");
+    esp_html_line lines[] = {{.name = "", .x = d->step, .y = v, .n = d->n, .faint = true},
+                             {.name = "", .x = d->step, .y = mean, .n = d->n}};
+    esp_html_chart chart = {.caption = caption,
+                            .lines = reach > 0 ? lines : lines + 1,
+                            .n_lines = reach > 0 ? 2 : 1,
+                            .switches = d->switches,
+                            .n_switches = d->n_switches};
+    esp_html_chart_put(b, &chart);
   }
-  if (which != 0 || lo < 0.35 * hi) lo = fmin(lo, 0);
-  if (hi <= lo) hi = lo + (lo != 0 ? fabs(lo) : 1);
-  esp_strbuf_printf(b, "<figure><svg viewBox=\"0 0 1000 222\" role=img aria-label=\"%s over steps\">", caption);
-  double step = grid_step(hi - lo);
-  for (double g = ceil(lo / step) * step; g <= hi + 1e-12; g += step) {
-    double y = 190 - (g - lo) / (hi - lo) * 170;
-    esp_strbuf_printf(b,
-                      "<line class=grid x1=48 x2=988 y1=%.1f y2=%.1f /><text x=42 y=%.1f text-anchor=end>%.3g</text>",
-                      y, y, y + 4, fabs(g) < 1e-12 * (hi - lo) ? 0.0 : g);
-  }
-  for (int k = 0; k < s->n_switches; k++) {
-    double x = 48 + (x1 > x0 ? (s->switches[k].step - x0) / (x1 - x0) : 0) * 940;
-    if (k) esp_strbuf_printf(b, "<line class=switch x1=%.1f x2=%.1f y1=14 y2=190 />", x, x);
-    esp_strbuf_printf(b, "<text x=%.1f y=12>", x + 3);
-    text(b, s->switches[k].name);
-    esp_strbuf_puts(b, "</text>");
-  }
-  int64_t smooth = which == 1 ? 0 : s->n / 60;
-  if (smooth > 0) polyline(b, s, v, "curve faint", x0, x1, lo, hi, 0);
-  polyline(b, s, v, "curve", x0, x1, lo, hi, smooth);
-  esp_strbuf_printf(b, "<text x=48 y=208>step %.0f</text><text x=988 y=208 text-anchor=end>%.0f</text></svg>", x0, x1);
-  esp_strbuf_printf(b, "<figcaption>%s%s</figcaption></figure>", caption,
-                    smooth > 0 ? " (faint: each step; line: running mean)" : "");
+  esp_mem_free(mean);
+  return ESP_OK;
 }
+
+/* ---- layers ---- */
 
 static void norms_chart(esp_strbuf *b, const char *run_dir) {
   esp_layer_norms norms;
@@ -180,109 +151,121 @@ static void norms_chart(esp_strbuf *b, const char *run_dir) {
   double hi = 0;
   for (int i = 0; i < norms.adapters * norms.layers; i++) hi = fmax(hi, norms.value[i]);
   for (int a = 0; a < norms.adapters && hi > 0; a++) {
-    esp_strbuf_puts(b, "<figure><svg viewBox=\"0 0 1000 92\" role=img aria-label=\"norm per layer\">");
-    double w = 940.0 / norms.layers;
+    esp_strbuf_puts(b, "<figure><div class=chart><svg viewBox=\"0 0 1000 92\" role=img aria-label=\"norm per layer\">");
+    double w = 936.0 / norms.layers;
     for (int l = 0; l < norms.layers; l++) {
       double h = norms.value[a * norms.layers + l] / hi * 62;
       esp_strbuf_printf(
           b, "<rect class=bar x=%.1f y=%.1f width=%.1f height=%.1f rx=2><title>layer %d: %.4g</title></rect>",
-          48 + l * w + w * 0.1, 68 - h, w * 0.8, h, l, norms.value[a * norms.layers + l]);
+          52 + l * w + w * 0.1, 68 - h, w * 0.8, h, l, norms.value[a * norms.layers + l]);
       if (norms.layers <= 40 || l % 10 == 0)
-        esp_strbuf_printf(b, "<text x=%.1f y=84 text-anchor=middle>%d</text>", 48 + l * w + w / 2, l);
+        esp_strbuf_printf(b, "<text x=%.1f y=84 text-anchor=middle>%d</text>", 52 + l * w + w / 2, l);
     }
-    esp_strbuf_printf(
-        b, "<line class=grid x1=48 x2=988 y1=68 y2=68 /><text x=42 y=12 text-anchor=end>%.2g</text></svg>", hi);
-    esp_strbuf_puts(b, "<figcaption>");
-    text(b, norms.name[a]);
+    esp_strbuf_printf(b,
+                      "<line class=grid x1=52 x2=988 y1=68 y2=68 /><text x=46 y=12 text-anchor=end>%.2g</text>"
+                      "</svg></div><figcaption>",
+                      hi);
+    esp_html_text(b, norms.name[a]);
     esp_strbuf_puts(b, "</figcaption></figure>");
   }
   esp_layer_norms_deinit(&norms);
 }
 
-static void facts(esp_strbuf *b, const esp_run_data *s, const esp_matrix *m) {
-  char v[48];
-  esp_strbuf_puts(b, "<div class=facts>");
-  snprintf(v, sizeof v, "%lld", (long long)s->n);
-  fact(b, "optimizer steps", v);
-  if (s->n > 0) {
-    snprintf(v, sizeof v, "%.4f", s->value[0][s->n - 1]);
-    fact(b, "last loss", v);
-  }
-  if (s->tokens_per_second > 0) {
-    snprintf(v, sizeof v, "%.0f", s->tokens_per_second);
-    fact(b, "tokens per second", v);
-  }
-  if (s->seconds > 0) {
-    int t = (int)(s->seconds + 0.5);
-    snprintf(v, sizeof v, "%02d:%02d:%02d", t / 3600, t / 60 % 60, t % 60);
-    fact(b, "training time", v);
-  }
-  if (s->memory > 0) {
-    snprintf(v, sizeof v, "%.1f MiB", s->memory / (1 << 20));
-    fact(b, "peak memory", v);
-  }
-  if (m) {
-    esp_matrix_summary x;
-    esp_matrix_summarise(m, &x);
-    fact_score(b, "ACC", x.acc, false);
-    fact_score(b, "BWT", x.bwt, true);
-    fact_score(b, "FWT", x.fwt, true);
-    fact_score(b, "forgetting", x.forgetting, false);
-    fact_score(b, "lowest", x.lowest, false);
-  }
-  esp_strbuf_puts(b, "</div>");
+/* ---- samples ---- */
+
+static void answer(esp_strbuf *b, const esp_sample_rows *s, int row, int i) {
+  esp_strbuf_puts(b, "<td class=t>");
+  const char *text = esp_sample_text(s, row, i, "answer");
+  if (text)
+    esp_html_cut(b, text, 300);
+  else
+    esp_strbuf_puts(b, "&ndash;");
+  esp_strbuf_puts(b, "</td>");
 }
 
-static const char *last_part(const char *path, char *buf, size_t n) {
-  snprintf(buf, n, "%s", path);
-  size_t len = strlen(buf);
-  while (len > 1 && buf[len - 1] == '/') buf[--len] = 0;
-  char *slash = strrchr(buf, '/');
-  return slash ? slash + 1 : buf;
+static esp_status samples(esp_strbuf *b, const char *run_dir, const esp_matrix *m) {
+  esp_sample_rows s;
+  if (!m) return ESP_OK;
+  ESP_TRY(esp_sample_rows_read(run_dir, m->tasks, &s));
+  if (s.n == 0) goto out;
+  esp_strbuf_puts(b, "<h2>Samples</h2><p>What the model answers, greedily, before and after each task and at the end."
+                     "</p>");
+  for (int t = 0; t < m->tasks; t++) {
+    if (m->column[t] < 0) continue;
+    bool head = false;
+    for (int i = 0; i < s.n; i++) {
+      const char *set = esp_sample_text(&s, -1, i, "set");
+      if (!set || strcmp(set, m->set_name[m->column[t]]) != 0) continue;
+      if (!head) {
+        esp_strbuf_puts(b, "<h3>");
+        esp_html_text(b, m->task_name[t]);
+        esp_strbuf_puts(b, "</h3><div class=wide><table class=plain><tr><th class=l>prompt<th class=l>reference<th "
+                           "class=l>before<th class=l>after<th class=l>at the end</tr>");
+        head = true;
+      }
+      esp_strbuf_puts(b, "<tr><td class=t>");
+      esp_html_cut(b, esp_sample_text(&s, -1, i, "prompt"), 400);
+      esp_strbuf_puts(b, "</td><td class=t>");
+      esp_html_cut(b, esp_sample_text(&s, -1, i, "reference"), 300);
+      esp_strbuf_puts(b, "</td>");
+      answer(b, &s, t, i);
+      answer(b, &s, t + 1, i);
+      answer(b, &s, m->tasks, i);
+      esp_strbuf_puts(b, "</tr>");
+    }
+    if (head) esp_strbuf_puts(b, "</table></div>");
+  }
+out:
+  esp_sample_rows_deinit(&s);
+  return ESP_OK;
+}
+
+static void pre(esp_strbuf *b, const char *title, const esp_strbuf *text) {
+  if (text->len == 0) return;
+  esp_strbuf_puts(b, "<h2>");
+  esp_html_text(b, title);
+  esp_strbuf_puts(b, "</h2><pre>");
+  esp_html_text(b, text->data);
+  esp_strbuf_puts(b, "</pre>");
 }
 
 esp_status esp_report_write(const char *run_dir, const char *out) {
   esp_status st;
-  esp_run_data s;
-  esp_strbuf b;
+  esp_run_data d = {0};
+  esp_curve_summary inside;
+  esp_strbuf b, part;
   char path[PATH_MAX], name[PATH_MAX];
   esp_strbuf_init(&b);
-  ESP_GOTO(esp_run_data_read(run_dir, &s));
-  const esp_matrix *m = s.matrix;
-  esp_strbuf_puts(&b, "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport "
-                      "content=\"width=device-width,initial-scale=1\"><title>");
-  text(&b, last_part(run_dir, name, sizeof name));
-  esp_strbuf_puts(&b, " - espalier</title>");
-  esp_strbuf_puts(&b, style);
-  esp_strbuf_puts(&b, "</head><body><h1>");
-  text(&b, last_part(run_dir, name, sizeof name));
-  esp_strbuf_puts(&b, "</h1><p>espalier " ESP_VERSION "</p>");
-  facts(&b, &s, m);
-  if (m) matrix_table(&b, m);
-  if (s.n > 0) {
-    esp_strbuf_puts(&b, "<h2>Training</h2>");
-    chart(&b, &s, 0, "Loss per trained token");
-    chart(&b, &s, 1, "Learning rate");
-    chart(&b, &s, 2, "Gradient norm before clipping");
+  esp_strbuf_init(&part);
+  ESP_GOTO(esp_run_data_read(run_dir, &d));
+  ESP_GOTO(esp_run_data_inside(&d, ESP_RUN_WINDOW, &inside));
+  esp_html_begin(&b, esp_html_base_name(run_dir, name, sizeof name));
+  facts(&b, &d, &inside);
+  if (d.matrix) {
+    esp_strbuf_puts(&b, "<h2>Score matrix</h2><p>Rows: after training that task. Columns: evaluation sets. Outlined: a "
+                        "task's own set right after it was trained.</p>");
+    esp_html_matrix(&b, d.matrix);
   }
+  score_charts(&b, &d);
+  ESP_GOTO(training_charts(&b, &d));
   norms_chart(&b, run_dir);
-  if (m) {
-    esp_strbuf plain;
-    esp_strbuf_init(&plain);
-    esp_matrix_render_text(m, &(esp_matrix_view){.formulas = true}, &plain);
-    esp_strbuf_puts(&b, "<h2>Numbers and their formulas</h2><pre>");
-    if (plain.data) text(&b, plain.data);
-    esp_strbuf_puts(&b, "</pre>");
-    esp_strbuf_deinit(&plain);
-  }
-  esp_strbuf_puts(&b, "</body></html>\n");
-  if (b.failed) {
+  ESP_GOTO(samples(&b, run_dir, d.matrix));
+  esp_run_data_memory(&d, &part);
+  pre(&b, "Bytes held at most", &part);
+  esp_strbuf_clear(&part);
+  if (d.matrix)
+    esp_matrix_render_text(d.matrix, &(esp_matrix_view){.formulas = true, .curve = &inside, .window = ESP_RUN_WINDOW},
+                           &part);
+  pre(&b, "Numbers and their formulas", &part);
+  esp_html_end(&b);
+  if (b.failed || part.failed) {
     st = ESP_ERR_MEMORY;
     goto out;
   }
   st = esp_file_write_atomic(out ? out : esp_path_join(path, sizeof path, run_dir, "report.html"), b.data, b.len);
 out:
   esp_strbuf_deinit(&b);
-  esp_run_data_deinit(&s);
+  esp_strbuf_deinit(&part);
+  esp_run_data_deinit(&d);
   return st;
 }

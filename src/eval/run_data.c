@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "core/mem.h"
+#include "core/strbuf.h"
 #include "io/file.h"
 
 static const char *const value_key[ESP_RUN_VALUES] = {"loss", "lr", "grad_norm", "seconds"};
@@ -219,4 +220,30 @@ double esp_run_data_result(const esp_run_data *d, const char *key) {
     key = dot + 1;
   }
   return number(at, key);
+}
+
+double esp_run_data_strategies(const esp_run_data *d) {
+  const char *key;
+  json_t *v;
+  double sum = 0;
+  if (!d->result) return NAN;
+  json_object_foreach(json_object_get(d->result, "strategies"), key, v) sum += json_number_value(v);
+  return sum;
+}
+
+void esp_run_data_memory(const esp_run_data *d, esp_strbuf *out) {
+  static const struct {
+    const char *key, *label;
+  } rows[] = {{"weights", "frozen base"},
+              {"params", "adapter (values, gradients)"},
+              {"optim", "optimizer"},
+              {"activations", "activations"},
+              {"workspace", "workspace"}};
+  const char *key;
+  json_t *v, *memory = d->result ? json_object_get(d->result, "memory") : NULL;
+  if (!memory) return;
+  for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+    esp_strbuf_printf(out, "%-28s %10.2f MiB\n", rows[i].label, number(memory, rows[i].key) / 1048576);
+  json_object_foreach(json_object_get(d->result, "strategies"), key, v)
+      esp_strbuf_printf(out, "strategy %-19s %10.2f MiB\n", key, json_number_value(v) / 1048576);
 }

@@ -5,6 +5,7 @@
 #include "io/json.h"
 #include "tasks/matrix.h"
 
+enum { ESP_RUN_WINDOW = 10 }; /* steps of windowed forgetting and plasticity, unless said otherwise */
 enum { ESP_RUN_LOSS, ESP_RUN_LR, ESP_RUN_GRAD_NORM, ESP_RUN_SECONDS, ESP_RUN_VALUES };
 
 typedef struct esp_run_curve { /* one evaluation set under one metric, in the order of the steps */
@@ -42,6 +43,10 @@ const esp_run_curve *esp_run_data_curve(const esp_run_data *d, const char *set, 
 /* The numbers from inside tasks: of the curves of metrics.jsonl, or, where it has none, of the matrix's rows (then
  * nothing that has a window). All NaN without a matrix. */
 esp_status esp_run_data_inside(const esp_run_data *d, double window, esp_curve_summary *out);
+/* Bytes that the strategies of a finished run hold, 0: it has none; NaN: it has not finished. */
+double esp_run_data_strategies(const esp_run_data *d);
+/* What the run held, by category and strategy, as lines of text; nothing for one that has not finished. */
+void esp_run_data_memory(const esp_run_data *d, esp_strbuf *out);
 /* A number of result.json, NaN when it has none; "a.b" is b inside a. */
 double esp_run_data_result(const esp_run_data *d, const char *key);
 

@@ -119,6 +119,25 @@ static json_t *real(double v) {
   return isfinite(v) ? json_real(v) : json_null();
 }
 
+/* Peaks per category, and what each strategy holds at the end: what methods against forgetting are compared at. */
+static json_t *memory_of(void) {
+  esp_mem_stats s;
+  json_t *j = json_object();
+  esp_mem_stats_get(&s);
+  for (int k = 0; k < ESP_MEM_KINDS; k++)
+    json_object_set_new(j, esp_mem_kind_name((esp_mem_kind)k), json_integer((json_int_t)s.peak[k]));
+  return j;
+}
+
+static json_t *strategies_of(const esp_loop *l) {
+  const esp_strategies *s = &l->engine.strategies;
+  json_t *j = json_object();
+  for (int i = 0; i < s->n; i++)
+    json_object_set_new(j, s->list[i].kind->name,
+                        json_integer((json_int_t)esp_strategies_bytes(s, i, &l->engine.sequence)));
+  return j;
+}
+
 esp_status esp_loop_save_result(const esp_loop *l, const esp_run_result *r) {
   char path[ESP_PATH];
   const esp_plan *p = l->plan.plan;
@@ -132,6 +151,8 @@ esp_status esp_loop_save_result(const esp_loop *l, const esp_run_result *r) {
     json_object_set_new(j, "device_peak", json_integer((json_int_t)r->device_peak));
     json_object_set_new(j, "planned_device_peak", json_integer((json_int_t)p->device_peak_bytes));
   }
+  json_object_set_new(j, "memory", memory_of());
+  if (l->engine.strategies.n > 0) json_object_set_new(j, "strategies", strategies_of(l));
   json_object_set_new(j, "seconds", real(r->seconds));
   json_object_set_new(j, "last_loss", real(r->last_loss));
   if (r->has_matrix)

@@ -394,6 +394,9 @@ bad "answers to one task" 2 "continual.strategy: seqkd has nothing to do with on
 bad "answers longer than rows" 3 "task 'b': no row has a prompt that leaves room for an answer of 4000 tokens" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=seqkd 'continual.order=[a, b]' continual.seqkd.max_new_tokens=4000
 bad "a teacher with another head" 2 "lwf makes the teacher's logits with the frozen head, the adapter changes lm_head" $no run r.yaml continual.strategy=lwf 'adapter.modules_to_save=[lm_head]'
 bad "replay of nothing but the past" 2 "continual.replay.ratio.*1" $no run r.yaml continual.strategy=replay continual.replay.ratio=1
+bad "report of runs of which one is none" 3 "empty.*no run" $no report run empty
+bad "report to the terminal and a file" 2 "text.*out" $no report run --text --out x.html
+bad "report of a sweep that names no runs" 3 "sweep.json.*names no runs" "echo '{}' >empty/sweep.json" report empty
 bad "inspect nothing" 3 "nothere" $no inspect nothere
 bad "resume of another recipe" 2 "recipe" "edit 's/^  lr: .*/  lr: 0.5/' run/recipe.yaml" resume run
 bad "unknown instruction set" 5 "ESPALIER_ISA=vax" "export ESPALIER_ISA=vax" run r.yaml

@@ -79,6 +79,9 @@ try "alias" 0 train r.yaml --output out3 -q train.max_steps=1
 try matrix 0 matrix out; says o '^ACC '; says o 'BWT = '
 try "matrix as JSON" 0 matrix out --json
 try report 0 report out --out page.html; says page.html '<svg'
+try "report as text" 0 report out --text; says o '^ACC '; says o '^loss '; says o '^adapter '
+try "report of two" 0 report out out2; says report.html 'Forgetting against memory'
+try "report of two as text" 0 report out out2 --text; says o '^out2 +1 '
 try inspect 0 inspect out/adapters/a; says o '^kind +adapter'
 try eval 0 eval r.yaml -a out/adapters/b; says o '^a +perplexity '; says o '^b +exact_match '
 try "eval of the base" 0 eval r.yaml --json; json
