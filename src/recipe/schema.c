@@ -377,6 +377,7 @@ static const esp_key continual_keys[] = {
     {"gpm", ESP_T_OBJECT, .object = &esp_schema_gpm},
     {"nullspace", ESP_T_OBJECT, .object = &esp_schema_nullspace},
     {"seqkd", ESP_T_OBJECT, .object = &esp_schema_seqkd},
+    {"gere", ESP_T_OBJECT, .object = &esp_schema_gere},
     {"lae", ESP_T_OBJECT, .object = &esp_schema_lae},
     {"ilora", ESP_T_OBJECT, .object = &esp_schema_ilora},
     {"mos", ESP_T_OBJECT, .object = &esp_schema_mos},

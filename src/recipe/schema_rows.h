@@ -33,7 +33,7 @@ extern const esp_object esp_schema_osf;
 extern const esp_object esp_schema_replay;
 extern const esp_object esp_schema_si;
 extern const esp_object esp_schema_replay, esp_schema_l2, esp_schema_lwf;
-extern const esp_object esp_schema_seqkd;
+extern const esp_object esp_schema_seqkd, esp_schema_gere;
 extern const esp_object esp_schema_lae, esp_schema_ilora, esp_schema_mos;
 
 #endif

@@ -45,6 +45,30 @@ static const esp_key seqkd_keys[] = {
 };
 STRATEGY(seqkd, "Strategy seqkd: what the adapter of the task before answers itself is trained on.");
 
+static const esp_key gere_data_keys[] = {
+    {"path", ESP_T_PATH, AT(continual.strategy.gere.data.path), .help = "JSONL or JSON file, or a folder of them"},
+    {"format", ESP_T_ENUM, AT(continual.strategy.gere.data.format), .def = "auto",
+     WORDS("auto", "prompt_completion", "alpaca", "text", "messages", "sharegpt", "classification", "cl_benchmark",
+           "natural_instructions"),
+     .help = "shape of a row; auto: judged from the first row's keys"},
+    {"limit", ESP_T_INT, AT(continual.strategy.gere.data.limit), .def = "1000", RANGE(1, BIG), .word = "all",
+     .help = "only the first rows"},
+};
+static const esp_object gere_data = {"data", "The general samples of strategy gere.", gere_data_keys,
+                                     COUNT(gere_data_keys), 0};
+static const esp_key gere_keys[] = {
+    {"data", ESP_T_OBJECT, .object = &gere_data},
+    {"loss", ESP_T_WORD, AT(continual.strategy.gere.loss), .def = "margin", WORDS("label", "kl", "l1", "l2", "margin"),
+     .help = "what holds their tokens, beside their labels"},
+    {"weight", ESP_T_NUMBER, AT(continual.strategy.gere.weight), .def = "100", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e9),
+     .help = "of that loss"},
+    {"temperature", ESP_T_NUMBER, AT(continual.strategy.gere.temperature), .def = "1", .flags = ESP_K_ABOVE_MIN,
+     RANGE(0, 1000), .help = "kl: T of both distributions"},
+    {"batch", ESP_T_INT, AT(continual.strategy.gere.batch), .def = "4", RANGE(1, 1e6),
+     .help = "samples that a step trains, over all ranks"},
+};
+STRATEGY(gere, "Strategy gere: general texts are trained beside every step and held to the base.");
+
 static const esp_key lae_keys[] = {
     {"decay", ESP_T_NUMBER, AT(continual.strategy.lae.decay), .def = "0.9999", .flags = ESP_K_BELOW_MAX, RANGE(0, 1),
      .help = "share of the slow values that a step keeps"},

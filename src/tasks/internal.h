@@ -22,6 +22,7 @@ extern const esp_strategy_kind esp_strategy_si;
 esp_status esp_gem_solve(int n, const double *p, const double *c, double margin, double *v);
 extern const esp_strategy_kind esp_strategy_lwf;
 extern const esp_strategy_kind esp_strategy_seqkd;
+extern const esp_strategy_kind esp_strategy_gere;
 extern const esp_strategy_kind esp_strategy_lae, esp_strategy_ilora, esp_strategy_coin_ema, esp_strategy_mos;
 
 #endif

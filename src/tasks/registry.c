@@ -14,6 +14,7 @@ static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_group_lasso,
     &esp_strategy_lwf,
     &esp_strategy_seqkd,
+    &esp_strategy_gere,
     &esp_strategy_gpm,
     &esp_strategy_nullspace,
     &esp_strategy_branch,

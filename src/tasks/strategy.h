@@ -43,6 +43,12 @@ typedef struct esp_strategy_cfg {
     double temperature, weight;
   } seqkd;
   struct {
+    esp_data_source data;       /* of general samples */
+    const char *loss;           /* label | kl | l1 | l2 | margin */
+    double weight, temperature; /* of what comes from the base */
+    int64_t batch;              /* samples in a step */
+  } gere;
+  struct {
     double decay; /* a of phi <- a phi + (1-a) theta */
   } lae;
   struct {

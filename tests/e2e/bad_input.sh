@@ -392,6 +392,9 @@ bad "mos with one task" 2 "continual.strategy: mos has nothing to do with one ta
 bad "two slow copies" 2 "coin_ema and lae both decide which values are measured and saved" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml 'continual.strategy=[coin_ema, lae]'
 bad "answers to one task" 2 "continual.strategy: seqkd has nothing to do with one task" $no run r.yaml continual.strategy=seqkd
 bad "answers longer than rows" 3 "task 'b': no row has a prompt that leaves room for an answer of 4000 tokens" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=seqkd 'continual.order=[a, b]' continual.seqkd.max_new_tokens=4000
+bad "general samples of nowhere" 2 "continual.gere.data.path: the general samples are missing" $no run r.yaml continual.strategy=gere
+bad "general samples that are not there" 3 "continual.gere.data: .*nothere.jsonl" $no run r.yaml continual.strategy=gere continual.gere.data.path=nothere.jsonl
+bad "a general loss that is none" 2 "continual.gere.loss: 'l3' is not one of" $no run r.yaml continual.gere.loss=l3
 bad "a teacher with another head" 2 "lwf makes the teacher's logits with the frozen head, the adapter changes lm_head" $no run r.yaml continual.strategy=lwf 'adapter.modules_to_save=[lm_head]'
 bad "replay of nothing but the past" 2 "continual.replay.ratio.*1" $no run r.yaml continual.strategy=replay continual.replay.ratio=1
 bad "report of runs of which one is none" 3 "empty.*no run" $no report run empty

@@ -1,0 +1,178 @@
+/* gere.c: general samples replayed with four losses: Zhang et al., "GeRe: Towards Efficient Anti-Forgetting in
+ * Continual Learning of LLM via General Samples Replay" (2025). A small fixed set of general texts stands for what the
+ * base knows. Its rows are trained beside every step's, and the loss of their trained tokens gets, from the base
+ * itself, label   nothing kl      weight T^2 KL(base || model) l1, l2  weight mean_j |h_j - h*_j|, weight mean_j (h_j -
+ * h*_j)^2 of the final normed hidden states margin  the threshold margin: with m_j and s_j mean and deviation of h*_j
+ * over the general tokens, what the base has below m - s stays below it, above m + s above it, between them between
+ * them; weight times the mean over the elements of a state that do not Means are over the tokens of a step, so that
+ * they do not depend on how it is cut. */
+#include <math.h>
+#include <string.h>
+
+#include "tasks/extra.h"
+#include "tasks/internal.h"
+#include "tasks/teacher.h"
+
+enum { ORDER = 50 }; /* stream of ESP_RNG_DATA */
+
+typedef struct gere {
+  esp_dataset *data;
+  esp_extra extra;
+  esp_teacher teacher;
+  bool taught;
+} gere;
+
+static void sample(const void *ctx, int64_t i, const int32_t **ids, const float **weights, int64_t *n) {
+  esp_dataset_sample(ctx, i, ids, weights, n);
+}
+
+static esp_status check(const esp_strategy_cfg *c, int n_tasks) {
+  (void)n_tasks;
+  if (!c->gere.data.path) return esp_fail(ESP_ERR_RECIPE, "continual.gere.data.path: the general samples are missing");
+  return ESP_OK;
+}
+
+static esp_status open(esp_strategy *s, const esp_sequence *q) {
+  const char *loss = s->cfg->gere.loss;
+  esp_data_source source = s->cfg->gere.data;
+  gere *g = s->impl = esp_mem_alloc(ESP_MEM_HOST, sizeof *g);
+  if (!g) return ESP_ERR_MEMORY;
+  if (!strcmp(loss, "kl")) ESP_TRY(esp_sequence_frozen_head(s, q));
+  source.weight = 1;
+  esp_status st = esp_dataset_build(&source, 1, q->data_cfg[0], q->tok, &g->data);
+  if (st != ESP_OK) return esp_fail_context(st, "continual.gere.data");
+  g->extra.sample = sample;
+  g->extra.ctx = g->data;
+  g->extra.count = esp_dataset_count(g->data);
+  g->taught = strcmp(loss, "label") != 0;
+  float weight = (float)s->cfg->gere.weight;
+  g->teacher.teach = (esp_teach){.temperature = (float)s->cfg->gere.temperature, .hidden_weight = weight};
+  if (!strcmp(loss, "kl")) g->teacher.teach.kl = weight;
+  if (!strcmp(loss, "l1")) g->teacher.teach.hidden = ESP_HIDDEN_L1;
+  if (!strcmp(loss, "l2")) g->teacher.teach.hidden = ESP_HIDDEN_L2;
+  if (!strcmp(loss, "margin")) g->teacher.teach.hidden = ESP_HIDDEN_MARGIN;
+  return ESP_OK;
+}
+
+static void close(esp_strategy *s) {
+  gere *g = s->impl;
+  if (!g) return;
+  esp_extra_deinit(&g->extra);
+  esp_teacher_deinit(&g->teacher);
+  esp_dataset_destroy(g->data);
+  esp_mem_free(g);
+}
+
+/* Adds the sums of h and h^2 over the labelled rows of one micro-batch; sums[2 * hidden] counts them. */
+static esp_status add_states(gere *g, const esp_sequence *q, const int64_t *list, int64_t n, double *sums) {
+  ESP_TRY(esp_extra_rows(&g->extra, q, list, n));
+  ESP_TRY(esp_teacher_reserve(&g->teacher, q, g->extra.rows.tokens));
+  esp_batch b = esp_sequence_batch(&g->extra.rows);
+  ESP_TRY(esp_model_features(q->model, q->stack, &b, g->teacher.features));
+  int64_t hidden = esp_tensor_cols(&g->teacher.features), rows = 0;
+  esp_dtype type = g->teacher.features.dtype;
+  size_t size = esp_dtype_size(type);
+  for (int64_t t = 0; t < b.tokens; t++) rows += b.weights[t] != 0.0f;
+  char *host = esp_mem_alloc(ESP_MEM_HOST, (size_t)(rows * hidden) * size);
+  if (!host) return ESP_ERR_MEMORY;
+  q->be->ops->download(q->be, host, g->teacher.features.data, rows * hidden * (int64_t)size);
+  esp_status st = esp_backend_sync(q->be);
+  for (int64_t i = 0; st == ESP_OK && i < rows * hidden; i++) {
+    double h = type == ESP_BF16 ? (double)esp_bf16_to_f32(((const uint16_t *)(void *)host)[i])
+                                : (double)((const float *)(void *)host)[i];
+    sums[i % hidden] += h;
+    sums[hidden + i % hidden] += h * h;
+  }
+  sums[2 * hidden] += (double)rows;
+  esp_mem_free(host);
+  return st;
+}
+
+/* Mean minus and plus one deviation of each element of the base's states over all general tokens. */
+static esp_status thresholds(esp_strategy *s, const esp_sequence *q) {
+  gere *g = s->impl;
+  esp_status st = ESP_OK;
+  int64_t hidden = esp_model_describe(q->model)->hidden, count = g->extra.count, size = q->micro_batch;
+  if (esp_backend_counts(q->be) && count > size) count = size; /* each is as long as the longest */
+  int64_t *list = esp_mem_alloc(ESP_MEM_HOST, (size_t)size * sizeof *list);
+  double *sums = esp_mem_alloc(ESP_MEM_HOST, (size_t)(2 * hidden + 1) * sizeof *sums);
+  float *bounds = esp_mem_alloc(ESP_MEM_HOST, (size_t)(2 * hidden) * sizeof *bounds);
+  float *held = esp_strategy_array(s, "thresholds", ESP_F32, 2 * hidden, false);
+  if (!list || !sums || !bounds || !held) ESP_GOTO(ESP_ERR_MEMORY);
+  for (int64_t at = 0; at < count; at += size) {
+    int64_t n = count - at < size ? count - at : size;
+    for (int64_t i = 0; i < n; i++) list[i] = at + i;
+    ESP_GOTO(add_states(g, q, list, n, sums));
+  }
+  double rows = sums[2 * hidden];
+  for (int64_t j = 0; j < hidden; j++) {
+    double mean = sums[j] / rows, spread = sums[hidden + j] / rows - mean * mean;
+    if (rows > 1) spread *= rows / (rows - 1);
+    spread = spread > 0 ? sqrt(spread) : 0;
+    bounds[j] = (float)(mean - spread);
+    bounds[hidden + j] = (float)(mean + spread);
+  }
+  q->be->ops->upload(q->be, held, bounds, 2 * hidden * (int64_t)sizeof *bounds);
+  ESP_GOTO(esp_backend_sync(q->be));
+out:
+  esp_mem_free(list);
+  esp_mem_free(sums);
+  esp_mem_free(bounds);
+  return st;
+}
+
+/* An adapter that has not been trained changes nothing: its first values are the base. */
+static esp_status task_begin(esp_strategy *s, const esp_sequence *q) {
+  gere *g = s->impl;
+  if (!g->taught || esp_strategy_get(s, "teacher", NULL)) return ESP_OK;
+  esp_tensor teacher = esp_strategy_flat(s, "teacher", q);
+  if (!teacher.data) return ESP_ERR_MEMORY;
+  q->be->ops->axpby(q->be, teacher, 1.0f, esp_sequence_masters(q), 0.0f);
+  return g->teacher.teach.hidden == ESP_HIDDEN_MARGIN ? thresholds(s, q) : ESP_OK;
+}
+
+static esp_status draw(esp_strategy *s, const esp_sequence *q, const esp_strategy_step *t, double *weight) {
+  gere *g = s->impl;
+  return esp_extra_draw(&g->extra, q, ORDER, t->task_step, s->cfg->gere.batch, weight);
+}
+
+static esp_status pass(esp_strategy *s, const esp_sequence *q, const esp_strategy_step *t) {
+  gere *g = s->impl;
+  int64_t first, mine, size = q->micro_batch;
+  esp_sequence_share(q, g->extra.n, &first, &mine);
+  for (int64_t i = 0; i < mine; i += size) {
+    ESP_TRY(esp_extra_rows(&g->extra, q, g->extra.list + first + i, mine - i < size ? mine - i : size));
+    esp_batch b = esp_sequence_batch(&g->extra.rows);
+    if (g->taught) {
+      if (g->teacher.teach.hidden == ESP_HIDDEN_MARGIN) {
+        g->teacher.teach.low = esp_strategy_get(s, "thresholds", NULL);
+        g->teacher.teach.high = g->teacher.teach.low + esp_model_describe(q->model)->hidden;
+      }
+      ESP_TRY(esp_teacher_reserve(&g->teacher, q, b.tokens));
+      ESP_TRY(esp_teacher_ask(&g->teacher, q, esp_strategy_flat(s, "teacher", q), &b));
+    }
+    ESP_TRY(
+        esp_sequence_pass(q, &g->extra.rows, b.teach, true, t->scale, (t->step << 20) + (7 << 17) + first + i, NULL));
+  }
+  return ESP_OK;
+}
+
+static int64_t held(const esp_strategy *s, const esp_sequence *q) {
+  const gere *g = s->impl;
+  (void)q;
+  if (!g || !g->data) return 0;
+  return esp_teacher_bytes(&g->teacher) + 8 * esp_dataset_statistics(g->data)->tokens;
+}
+
+const esp_strategy_kind esp_strategy_gere = {
+    .name = "gere",
+    .summary = "general texts are trained beside every step, held to the base by labels, KL, states or a margin",
+    .flags = ESP_STRATEGY_BY_PARAMETER,
+    .check = check,
+    .open = open,
+    .close = close,
+    .task_begin = task_begin,
+    .draw = draw,
+    .pass = pass,
+    .held = held,
+};
