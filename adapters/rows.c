@@ -1,5 +1,6 @@
-/* rows.c: 0/1 vectors over the rows of a batch, one pair per active adapter. Products with them are exact (x * 1 + 0),
- * so a row is computed as if its adapter were the only one that is active. */
+/* rows.c: vectors over the rows of a batch, one pair per active adapter: its share in each row, and one minus that.
+ * Products with 0 and 1 are exact (x * 1 + 0), so a row is computed as if its adapter were the only one that is active.
+ */
 #include "adapters/rows.h"
 
 #include "adapters/internal.h"
@@ -36,25 +37,43 @@ static esp_status reserve(esp_rows *r, esp_backend *be, int64_t elements) {
   return ESP_OK;
 }
 
-esp_status esp_rows_begin(esp_rows *r, esp_run *run, esp_adapter *const *list, int n) {
-  const esp_batch *b = run->batch;
-  r->on = b->adapters != NULL;
-  r->tokens = b->tokens;
-  if (!r->on) return ESP_OK;
-  for (int i = 0; i < b->n_seqs; i++)
+static esp_status check_choice(const esp_batch *b, esp_adapter *const *list, int n) {
+  for (int i = 0; b->adapters && !b->shares && i < b->n_seqs; i++)
     if (b->adapters[i] < -1 || b->adapters[i] >= n)
       return esp_fail(ESP_ERR_RECIPE, "sequence %d chooses adapter %d of %d active ones", i + 1, b->adapters[i], n);
-  for (int k = 0; k < n; k++) ESP_TRY(check(list[k]));
+  if (b->shares && b->n_shares != n)
+    return esp_fail(ESP_ERR_RECIPE, "%d weights per sequence for %d active adapters", b->n_shares, n);
+  for (int k = 0; k < n; k++) {
+    ESP_TRY(check(list[k]));
+    if (b->shares && list[k]->kind->virtual_tokens)
+      return esp_fail(ESP_ERR_RECIPE, "adapter '%s': the rows that %s puts in front of a sequence have no weight",
+                      list[k]->name, list[k]->kind->name);
+    for (int i = 0; b->shares && list[k]->kind->alone && i < b->n_seqs; i++)
+      if (b->shares[i * n + k] != 0 && b->shares[i * n + k] != 1)
+        return esp_fail(ESP_ERR_RECIPE, "adapter '%s': the change of %s is no sum: it cannot be weighted per row",
+                        list[k]->name, list[k]->kind->name);
+  }
+  return ESP_OK;
+}
+
+esp_status esp_rows_begin(esp_rows *r, esp_run *run, esp_adapter *const *list, int n) {
+  const esp_batch *b = run->batch;
+  r->on = b->adapters || b->shares;
+  r->tokens = b->tokens;
+  if (!r->on) return ESP_OK;
+  ESP_TRY(check_choice(b, list, n));
   int64_t elements = 2 * (int64_t)n * b->tokens;
   ESP_TRY(reserve(r, run->be, elements));
   float *host = esp_mem_alloc(ESP_MEM_HOST, (size_t)elements * sizeof *host);
   if (!host) return ESP_ERR_MEMORY;
   for (int k = 0; k < n; k++)
-    for (int i = 0; i < b->n_seqs; i++)
+    for (int i = 0; i < b->n_seqs; i++) {
+      float share = b->shares ? b->shares[i * n + k] : b->adapters[i] == k ? 1.0f : 0.0f;
       for (int64_t t = b->cu_seqlens[i]; t < b->cu_seqlens[i + 1]; t++) {
-        host[2 * k * b->tokens + t] = b->adapters[i] == k;
-        host[(2 * k + 1) * b->tokens + t] = b->adapters[i] != k;
+        host[2 * k * b->tokens + t] = share;
+        host[(2 * k + 1) * b->tokens + t] = 1.0f - share;
       }
+    }
   run->be->ops->upload(run->be, r->mask, host, elements * (int64_t)sizeof *host);
   esp_mem_free(host);
   return run->be->sticky;

@@ -12,7 +12,7 @@ typedef struct esp_rows {
   float *mask; /* backend memory [2n, tokens]: the rows of adapter k, then those of all others */
 } esp_rows;
 
-/* Reads run->batch->adapters. ESP_ERR_RECIPE naming an active adapter whose effect is not row by row. */
+/* Reads run->batch->adapters and ->shares. ESP_ERR_RECIPE naming an active adapter whose effect is not row by row. */
 esp_status esp_rows_begin(esp_rows *r, esp_run *run, esp_adapter *const *list, int n);
 void esp_rows_leave(esp_rows *r);
 /* A copy of x on the stack with the rows of others zero. */

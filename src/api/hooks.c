@@ -13,7 +13,10 @@ static esp_score_cfg config(const esp_score_request *q) {
                          .max_new_tokens = q->set->max_new_tokens,
                          .batch_tokens = q->batch_tokens,
                          .rank = q->comm->rank,
-                         .size = q->comm->size};
+                         .size = q->comm->size,
+                         .strategies = q->strategies,
+                         .sequence = q->sequence,
+                         .owner = q->owner};
 }
 
 static esp_status score(void *ctx, const esp_score_request *q, esp_score_result *out) {

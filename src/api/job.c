@@ -126,7 +126,7 @@ static esp_status eval_sets(esp_engine *e, const esp_train_data *d, const esp_ru
   const esp_recipe *r = e->r;
   for (int i = 0; i < r->eval.n_sets; i++) {
     const esp_eval_set *set = &r->eval.sets[i];
-    esp_score_request q = {e->model, d->tok, d->eval[i], &e->stack, set, r->eval.batch_tokens, e->comm};
+    esp_score_request q = esp_engine_request(e, d, i);
     esp_score s = {0};
     esp_score_result result;
     ESP_TRY(esp_api_hooks.score(NULL, &q, &result));

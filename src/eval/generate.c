@@ -129,7 +129,9 @@ esp_status esp_generate(esp_model *m, esp_stack *stack, const esp_ids *prompts, 
                      .weights = s.weights,
                      .cu_seqlens = s.cu,
                      .n_seqs = n,
-                     .adapters = cfg->adapters};
+                     .adapters = cfg->adapters,
+                     .shares = cfg->shares,
+                     .n_shares = cfg->n_shares};
   ESP_GOTO(esp_model_prefill(m, stack, kv, &batch, s.logits));
   int open = n;
   for (int64_t k = 0; k < cfg->max_new_tokens && open > 0; k++) {

@@ -16,6 +16,8 @@ typedef struct esp_gen_cfg {
   bool keep_stop;          /* it is part of the output */
   int64_t first_row;       /* row of the first prompt in the draws: calls in turn draw like one */
   const int32_t *adapters; /* per prompt, as in esp_batch; NULL: every active adapter on all */
+  const float *shares;     /* the same */
+  int n_shares;
 } esp_gen_cfg;
 
 /* Completes n prompts in one batch; out[i] must be empty and receives the new ids. A draw is a function of (seed, row,

@@ -37,7 +37,7 @@ static esp_status perplexity(esp_model *m, const esp_dataset *d, esp_stack *stac
     if (i < n) esp_dataset_sample(d, i, &ids, &weights, &len);
     if (b.tokens > 0 && (i >= n || b.tokens + len > cfg->batch_tokens)) {
       esp_loss_out loss;
-      ESP_GOTO(esp_batcher_flush(&b, m, stack, &loss));
+      ESP_GOTO(esp_batcher_flush(&b, m, stack, cfg, &loss));
       out->num += loss.loss_sum;
       out->den += loss.weight_sum;
       esp_batcher_clear(&b);
@@ -96,7 +96,7 @@ static esp_status choice(esp_model *m, const esp_dataset *d, esp_stack *stack, c
     }
     if (b.tokens > 0 && (i >= n || b.tokens + labels * prompt + label_tokens > cfg->batch_tokens)) {
       esp_loss_out loss;
-      ESP_GOTO(esp_batcher_flush(&b, m, stack, &loss));
+      ESP_GOTO(esp_batcher_flush(&b, m, stack, cfg, &loss));
       count_choices(&b, d, pending, labels, out);
       esp_batcher_clear(&b);
       pending_n = 0;

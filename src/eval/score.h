@@ -12,8 +12,11 @@ typedef struct esp_score_cfg {
   esp_metric metric;
   int64_t limit; /* first samples only; 0: all */
   int64_t max_new_tokens;
-  int64_t batch_tokens; /* tokens per forward pass; at least one sample */
-  int rank, size;       /* this rank scores samples i with i % size == rank */
+  int64_t batch_tokens;       /* tokens per forward pass; at least one sample */
+  int rank, size;             /* this rank scores samples i with i % size == rank */
+  esp_strategies *strategies; /* esp_strategies_choose is asked for each batch; NULL: nobody */
+  const esp_sequence *sequence;
+  int owner;
 } esp_score_cfg;
 
 typedef struct esp_score_sums { /* add element by element over ranks */

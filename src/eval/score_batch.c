@@ -18,6 +18,9 @@ static esp_status reserve(esp_batcher *b, int64_t tokens, int seqs) {
     int32_t *p = esp_mem_realloc(ESP_MEM_DATA, b->cu, (size_t)cap * 4);
     if (!p) return ESP_ERR_MEMORY;
     b->cu = p;
+    p = esp_mem_realloc(ESP_MEM_DATA, b->prompt, (size_t)cap * 4);
+    if (!p) return ESP_ERR_MEMORY;
+    b->prompt = p;
     b->cap_seqs = cap;
   }
   return ESP_OK;
@@ -36,13 +39,18 @@ esp_status esp_batcher_add(esp_batcher *b, const int32_t *ids0, const float *wei
     b->targets[at + i] = last ? 0 : b->ids[at + i + 1];
     b->weights[at + i] = last ? 0.0f : i + 1 >= n0 ? 1.0f : weights0 ? weights0[i + 1] : 0.0f;
   }
+  int64_t prompt =
+      n1 > 0 ? n0 : 0; /* of a row without a completion apart: what is not trained in front, or all of it */
+  while (n1 == 0 && prompt < n0 && (!weights0 || weights0[prompt] == 0)) prompt++;
+  b->prompt[b->seqs] = (int32_t)(prompt > 1 ? prompt : n);
   b->cu[0] = 0;
   b->tokens += n;
   b->cu[++b->seqs] = (int32_t)b->tokens;
   return ESP_OK;
 }
 
-esp_status esp_batcher_flush(esp_batcher *b, esp_model *m, esp_stack *stack, esp_loss_out *loss) {
+esp_status esp_batcher_flush(esp_batcher *b, esp_model *m, esp_stack *stack, const esp_score_cfg *cfg,
+                             esp_loss_out *loss) {
   if (b->tokens == 0) return ESP_OK;
   esp_batch batch = {.tokens = b->tokens,
                      .ids = b->ids,
@@ -51,6 +59,7 @@ esp_status esp_batcher_flush(esp_batcher *b, esp_model *m, esp_stack *stack, esp
                      .weights = b->weights,
                      .cu_seqlens = b->cu,
                      .n_seqs = b->seqs};
+  ESP_TRY(esp_strategies_choose(cfg->strategies, cfg->sequence, cfg->owner, b->prompt, &batch));
   return esp_model_step(m, stack, &batch, ESP_CKPT_OFF, false, 1.0f, 0, 0, loss, b->logprob);
 }
 
@@ -64,6 +73,7 @@ void esp_batcher_deinit(esp_batcher *b) {
   esp_mem_free(b->targets);
   esp_mem_free(b->positions);
   esp_mem_free(b->cu);
+  esp_mem_free(b->prompt);
   esp_mem_free(b->weights);
   esp_mem_free(b->logprob);
 }

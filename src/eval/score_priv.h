@@ -8,13 +8,15 @@ typedef struct esp_batcher {
   int64_t cap_tokens, tokens, limit;
   int cap_seqs, seqs;
   int32_t *ids, *targets, *positions, *cu;
+  int32_t *prompt; /* [seqs] tokens of ids0 */
   float *weights, *logprob;
 } esp_batcher;
 /* Adds ids0[0..n0) followed by ids1[0..n1); weights0 (of predicting ids0[i]) may be NULL: untrained; ids1 has weight 1.
  */
 esp_status esp_batcher_add(esp_batcher *b, const int32_t *ids0, const float *weights0, int64_t n0, const int32_t *ids1,
                            int64_t n1);
-esp_status esp_batcher_flush(esp_batcher *b, esp_model *m, esp_stack *stack, esp_loss_out *loss);
+esp_status esp_batcher_flush(esp_batcher *b, esp_model *m, esp_stack *stack, const esp_score_cfg *cfg,
+                             esp_loss_out *loss);
 void esp_batcher_clear(esp_batcher *b);
 void esp_batcher_deinit(esp_batcher *b);
 

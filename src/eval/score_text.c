@@ -60,6 +60,24 @@ double esp_rouge_l(const char *answer, const char *reference) {
 
 enum { MAX_BATCH = 64 };
 
+/* Which adapters the prompts get. */
+static esp_status choose(const esp_score_cfg *cfg, const esp_ids *prompts, int n, esp_gen_cfg *gen) {
+  int32_t cu[MAX_BATCH + 1] = {0}, length[MAX_BATCH];
+  if (!cfg->strategies) return ESP_OK;
+  for (int i = 0; i < n; i++) {
+    length[i] = (int32_t)prompts[i].n;
+    cu[i + 1] = cu[i] + length[i];
+  }
+  int32_t *ids = esp_mem_alloc(ESP_MEM_DATA, (size_t)cu[n] * sizeof *ids);
+  if (!ids) return ESP_ERR_MEMORY;
+  for (int i = 0; i < n; i++) memcpy(ids + cu[i], prompts[i].data, (size_t)length[i] * sizeof *ids);
+  esp_batch b = {.tokens = cu[n], .ids = ids, .cu_seqlens = cu, .n_seqs = n};
+  esp_status st = esp_strategies_choose(cfg->strategies, cfg->sequence, cfg->owner, length, &b);
+  esp_mem_free(ids);
+  gen->adapters = b.adapters, gen->shares = b.shares, gen->n_shares = b.n_shares;
+  return st;
+}
+
 static esp_status complete(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
                            const esp_score_cfg *cfg, const int64_t *index, int n, esp_ids *answers) {
   esp_ids prompts[MAX_BATCH];
@@ -76,6 +94,7 @@ static esp_status complete(esp_model *m, const esp_tokenizer *tok, const esp_dat
   for (int i = 0; i < desc->n_eos; i++) stop[n_stop++] = desc->eos[i];
   if (esp_tokenizer_eos(tok) >= 0) stop[n_stop++] = esp_tokenizer_eos(tok);
   esp_gen_cfg gen = {.max_new_tokens = cfg->max_new_tokens, .stop = stop, .n_stop = n_stop};
+  ESP_TRY(choose(cfg, prompts, n, &gen));
   return esp_generate(m, stack, prompts, n, &gen, answers);
 }
 

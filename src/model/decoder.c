@@ -85,6 +85,7 @@ esp_status esp_pass_begin(esp_pass *p, esp_model *m, esp_stack *stack, const esp
                   .tokens = b->tokens,
                   .seqs = m->be->ops->attn_begin(m->be, b->cu_seqlens, b->n_seqs)};
   if (m->hooks && m->hooks->begin) return m->hooks->begin(m->hooks->ctx, &p->run);
+  if (b->shares) return esp_fail(ESP_ERR_RECIPE, "adapters are weighted per sequence, none is active");
   for (int i = 0; b->adapters && i < b->n_seqs; i++)
     if (b->adapters[i] != -1)
       return esp_fail(ESP_ERR_RECIPE, "sequence %d chooses adapter %d, none is active", i + 1, b->adapters[i]);

@@ -110,7 +110,9 @@ struct esp_kv {
   void *k, *v; /* per layer [batch*max_len, kv_heads*head_dim], one block each */
   int32_t *lens;
   const int32_t *adapters; /* of each sequence of the last prefill, NULL: all */
-  int filled;              /* sequences of the last prefill */
+  float *shares;           /* the same, weighted */
+  int n_shares;
+  int filled; /* sequences of the last prefill */
 };
 
 /* One pass over the tokens of a batch. `run` is first: hooks get a pointer to it. */

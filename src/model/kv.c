@@ -33,6 +33,7 @@ void esp_kv_destroy(esp_kv *kv) {
   if (kv->k) kv->model->be->ops->free(kv->model->be, kv->k);
   if (kv->v) kv->model->be->ops->free(kv->model->be, kv->v);
   esp_mem_free(kv->lens);
+  esp_mem_free(kv->shares);
   esp_mem_free(kv);
 }
 
@@ -74,6 +75,15 @@ esp_status esp_model_prefill(esp_model *m, esp_stack *stack, esp_kv *kv, const e
     if (prompts->adapters) kv->lens[kv->batch + b] = prompts->adapters[b];
   }
   kv->adapters = prompts->adapters ? kv->lens + kv->batch : NULL;
+  esp_mem_free(kv->shares);
+  kv->shares = NULL;
+  kv->n_shares = prompts->n_shares;
+  if (prompts->shares) {
+    size_t bytes = (size_t)prompts->n_seqs * (size_t)prompts->n_shares * sizeof *kv->shares;
+    kv->shares = esp_mem_alloc(ESP_MEM_HOST, bytes);
+    if (!kv->shares) ESP_GOTO(ESP_ERR_MEMORY);
+    memcpy(kv->shares, prompts->shares, bytes);
+  }
   kv->filled = prompts->n_seqs;
   st = cached_pass(kv, stack, &v, false, rows, last, prompts->n_seqs, logits);
 out:
@@ -105,7 +115,9 @@ esp_status esp_model_decode(esp_model *m, esp_stack *stack, esp_kv *kv, const in
                                 .positions = pos,
                                 .cu_seqlens = cu,
                                 .n_seqs = n,
-                                .adapters = kv->adapters}}; /* virtual tokens are in the cache already */
+                                .adapters = kv->adapters,
+                                .shares = kv->shares,
+                                .n_shares = kv->n_shares}}; /* virtual tokens are in the cache already */
   st = esp_batch_check(m, &next.batch, false);
   if (st == ESP_OK) st = cached_pass(kv, stack, &next, true, rows, each, n, logits);
 out:

@@ -73,6 +73,10 @@ typedef struct esp_batch {                  /* token rows of one micro-batch, HO
   const int32_t *cu_seqlens;                /* [n_seqs+1] */
   int n_seqs;
   const int32_t *adapters; /* [n_seqs] the one active adapter of each sequence, -1: none. NULL: all, on every row */
+  /* [n_seqs * active adapters] what each adapter's change is multiplied with on each sequence, in the place of
+   * `adapters`; NULL: not. Other weights than 0 and 1 only where the changes are sums. */
+  const float *shares;
+  int n_shares;                  /* active adapters */
   const struct esp_teach *teach; /* NULL: the labels alone */
 } esp_batch;
 

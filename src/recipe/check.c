@@ -218,13 +218,16 @@ static void check_strategies(esp_binder *b, const esp_node *root) {
   if (r->continual.policy == ESP_POLICY_JOINT && c->n > 0)
     esp_bind_error(b, node_at(root, "continual", "strategy"),
                    "continual.strategy: with policy joint there is nothing to forget");
+  esp_adapter_policy policy = r->continual.policy;
+  esp_strategy_facts facts = {.n_tasks = r->n_tasks,
+                              .one_adapter = policy == ESP_POLICY_CONTINUE || r->n_tasks == 1,
+                              .new_per_task = policy == ESP_POLICY_NEW_PER_TASK};
   task_schedules(b);
-  bool moves = false, one = r->continual.policy == ESP_POLICY_CONTINUE || r->n_tasks == 1;
   for (int i = 0; i < r->n_tasks; i++) {
     const esp_adapter_kind *kind = r->tasks[i].adapter.type ? esp_adapter_find(r->tasks[i].adapter.type) : NULL;
-    moves |= kind && kind->resized;
+    facts.adapter_moves |= kind && kind->resized;
   }
-  if (esp_strategies_check(c, r->n_tasks, moves, one) != ESP_OK)
+  if (esp_strategies_check(c, &facts) != ESP_OK)
     esp_bind_error(b, node_at(root, "continual", "strategy"), "%s", esp_error_message());
   esp_error_clear();
 }

@@ -62,7 +62,8 @@ typedef enum esp_adapter_policy {
   ESP_POLICY_CONTINUE,
   ESP_POLICY_NEW_PER_TASK,
   ESP_POLICY_MERGE_THEN_NEW,
-  ESP_POLICY_JOINT /* all tasks as one */
+  ESP_POLICY_STACK, /* a new one on top of the earlier ones, which are frozen */
+  ESP_POLICY_JOINT  /* all tasks as one */
 } esp_adapter_policy;
 
 typedef struct esp_watchdog {

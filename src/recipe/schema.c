@@ -354,9 +354,9 @@ static const esp_key eval_keys[] = {
 
 static const esp_key continual_keys[] = {
     {"policy", ESP_T_ENUM, AT(continual.policy), .def = "continue", .flags = ESP_K_COMMON,
-     WORDS("continue", "new_per_task", "merge_then_new", "joint"), .aliases = "adapter_policy",
-     .help = "what the next task trains: the same adapter, a new one, a new one on the base with the last merged in; "
-             "joint: all tasks at once, the upper bound"},
+     WORDS("continue", "new_per_task", "merge_then_new", "stack", "joint"), .aliases = "adapter_policy",
+     .help = "what the next task trains: the same adapter, a new one, a new one on the base with the last merged in, a "
+             "new one on top of the earlier ones; joint: all tasks at once, the upper bound"},
     {"order", ESP_T_STRINGS, LIST(continual.order, continual.n_order), .def = "[]", .flags = ESP_K_NOHASH,
      .help = "names of tasks: only these are trained, in this order; empty: all, as they stand"},
     {"baseline", ESP_T_BOOL, AT(continual.baseline), .def = "true", .flags = ESP_K_NOHASH,
@@ -366,6 +366,7 @@ static const esp_key continual_keys[] = {
     {"strategy", ESP_T_STRINGS, LIST(continual.strategy.names, continual.strategy.n), .def = "[]",
      .flags = ESP_K_COMMON, .names = esp_strategy_names, .aliases = "strategies",
      .help = "what is done against forgetting, one or several that act in this order"},
+    {"bank", ESP_T_OBJECT, .object = &esp_schema_bank},
     {"replay", ESP_T_OBJECT, .object = &esp_schema_replay},
     {"l2", ESP_T_OBJECT, .object = &esp_schema_l2},
     {"gem", ESP_T_OBJECT, .object = &esp_schema_gem},

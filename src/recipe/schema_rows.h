@@ -22,6 +22,7 @@ extern const esp_object esp_schema_merge_tasks;
 
 /* schema_strategies.c, schema_projections.c: the keys of each strategy, continual.<its name>. */
 extern const esp_object esp_schema_agem;
+extern const esp_object esp_schema_bank;
 extern const esp_object esp_schema_ewc;
 extern const esp_object esp_schema_gem;
 extern const esp_object esp_schema_gpm;

@@ -1,6 +1,23 @@
 /* schema_strategies.c: the keys of the strategies against forgetting: one object per strategy that has any. */
 #include "recipe/schema_rows.h"
 
+static const esp_key bank_keys[] = {
+    {"selector", ESP_T_WORD, AT(continual.strategy.bank.selector), .def = "nearest",
+     WORDS("last", "sum", "oracle", "nearest", "keys", "trained"),
+     .help =
+         "which task's adapter a sequence gets at test time: the newest, all of them, its own task's, by the nearest "
+         "centroid, by keys, by a trained classifier"},
+    {"centroids", ESP_T_INT, AT(continual.strategy.bank.centroids), .def = "5", RANGE(1, 4096),
+     .help = "nearest: k-means centroids per task"},
+    {"samples", ESP_T_INT, AT(continual.strategy.bank.samples), .def = "256", RANGE(1, 1e9),
+     .help = "samples of a task whose features a selector learns from"},
+    {"top_k", ESP_T_INT, AT(continual.strategy.bank.top_k), .def = "1", RANGE(1, 256),
+     .help = "keys: so many adapters together, weighted"},
+    {"temperature", ESP_T_NUMBER, AT(continual.strategy.bank.temperature), .def = "0.1", .flags = ESP_K_ABOVE_MIN,
+     RANGE(0, 1e6), .help = "keys: of the softmax over similarities that gives the weights"},
+};
+STRATEGY(bank, "Strategy bank: an adapter for each task and a selector. With policy new_per_task.");
+
 static const esp_key replay_keys[] = {
     {"buffer", ESP_T_SHARE, AT(continual.strategy.replay.buffer), .def = "1%", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e9),
      .help = "samples kept of all finished tasks together, or a percentage of each one's"},

@@ -6,6 +6,7 @@
 
 extern const esp_strategy_kind esp_strategy_agem;
 extern const esp_strategy_kind esp_strategy_branch;
+extern const esp_strategy_kind esp_strategy_bank;
 extern const esp_strategy_kind esp_strategy_ewc;
 extern const esp_strategy_kind esp_strategy_gem;
 extern const esp_strategy_kind esp_strategy_group_lasso;

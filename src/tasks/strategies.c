@@ -18,24 +18,37 @@ static esp_status at_most_one(const esp_strategy_cfg *c, unsigned flag, const ch
   return ESP_OK;
 }
 
-esp_status esp_strategies_check(const esp_strategy_cfg *c, int n_tasks, bool adapter_moves, bool one_adapter) {
+bool esp_strategies_have(const esp_strategy_cfg *c, unsigned flag) {
+  for (int i = 0; i < c->n; i++) {
+    const esp_strategy_kind *k = esp_strategy_find(c->names[i]);
+    if (k && (k->flags & flag)) return true;
+  }
+  return false;
+}
+
+esp_status esp_strategies_check(const esp_strategy_cfg *c, const esp_strategy_facts *f) {
   for (int i = 0; i < c->n; i++) {
     const esp_strategy_kind *k = esp_strategy_find(c->names[i]);
     if (!k) return esp_fail(ESP_ERR_RECIPE, "continual.strategy: there is no '%.60s'", c->names[i]);
     for (int j = 0; j < i; j++)
       if (!strcmp(c->names[j], c->names[i]))
         return esp_fail(ESP_ERR_RECIPE, "continual.strategy: %s is named twice", k->name);
-    if ((k->flags & ESP_STRATEGY_BY_PARAMETER) && adapter_moves)
+    if ((k->flags & ESP_STRATEGY_BY_PARAMETER) && f->adapter_moves)
       return esp_fail(ESP_ERR_RECIPE,
                       "continual.strategy: %s holds a value for each parameter, which an adapter whose "
                       "ranks move does not keep",
                       k->name);
-    if ((k->flags & ESP_STRATEGY_BY_PARAMETER) && !one_adapter)
+    if ((k->flags & ESP_STRATEGY_BY_PARAMETER) && !f->one_adapter)
       return esp_fail(ESP_ERR_RECIPE,
                       "continual.strategy: %s needs one adapter through all tasks (continual.policy: "
                       "continue)",
                       k->name);
-    if (k->check) ESP_TRY(k->check(c, n_tasks));
+    if ((k->flags & ESP_STRATEGY_BANK) && !f->new_per_task)
+      return esp_fail(ESP_ERR_RECIPE,
+                      "continual.strategy: %s chooses among the adapters of tasks, which "
+                      "continual.policy: new_per_task makes",
+                      k->name);
+    if (k->check) ESP_TRY(k->check(c, f->n_tasks));
   }
   ESP_TRY(at_most_one(c, ESP_STRATEGY_TEACHES, "both need a teacher's pass"));
   return at_most_one(c, ESP_STRATEGY_DEPLOYS, "both decide which values are measured and saved");
@@ -161,6 +174,12 @@ esp_status esp_strategies_deploy(esp_strategies *set, const esp_sequence *q, boo
   if (set->deployed == on) return ESP_OK;
   set->deployed = on;
   EACH(set, deploy, q, on);
+}
+
+esp_status esp_strategies_choose(esp_strategies *set, const esp_sequence *q, int owner, const int32_t *prompt,
+                                 esp_batch *b) {
+  if (!set || !set->deployed) return ESP_OK;
+  EACH(set, choose, q, owner, prompt, b);
 }
 
 int64_t esp_strategies_bytes(const esp_strategies *set, int i, const esp_sequence *q) {

@@ -25,6 +25,11 @@ typedef struct esp_strategy_cfg {
   const char *const *names; /* in order */
   int n;
   struct {
+    const char *selector; /* last | sum | oracle | nearest | keys | trained */
+    int64_t centroids, samples, top_k;
+    double temperature;
+  } bank;
+  struct {
     double buffer; /* what is kept and how it is chosen: tasks/memory.h */
     int64_t bytes;
     const char *sampler;
@@ -113,6 +118,10 @@ typedef struct esp_sequence {
   const esp_data_cfg *const *data_cfg; /* [n_tasks] */
   const char *const *task_name;
   int task, n_tasks;
+  /* Adapters of the tasks so far, the present one last. More than one only where a strategy wants a bank, or where the
+   * policy stacks them. */
+  esp_adapter *const *bank;
+  int n_bank;
   bool one_adapter;    /* it lives through all tasks */
   int64_t micro_batch; /* rows of one micro-batch of the present task */
   int64_t max_tokens;  /* of its largest micro-batch, padded */
@@ -142,7 +151,8 @@ enum {                                /* esp_strategy_kind.flags */
                                        * where one adapter lives through all tasks */
        ESP_STRATEGY_TEACHES = 2,      /* has `teach`: at most one in a run */
        ESP_STRATEGY_DEPLOYS = 4,      /* has `deploy`: at most one */
-       ESP_STRATEGY_ONE_RANK = 8      /* not with several ranks */
+       ESP_STRATEGY_ONE_RANK = 8,     /* not with several ranks */
+       ESP_STRATEGY_BANK = 16 /* wants the adapters of earlier tasks beside the present one: policy new_per_task */
 };
 
 typedef struct esp_strategy_kind {
@@ -177,6 +187,11 @@ typedef struct esp_strategy_kind {
   /* true: puts the values in force that are to be measured and saved, false: those that are trained. */
   esp_status (*deploy)(esp_strategy *s, const esp_sequence *q, bool on);
 
+  /* While deployed, with the bank's adapters active: which of them each sequence of a batch gets, from its first
+   * prompt[i] tokens alone. Sets b->adapters or b->shares, memory that lives until the next call. owner: the task that
+   * the rows belong to, -1: none; only an oracle reads it. */
+  esp_status (*choose)(esp_strategy *s, const esp_sequence *q, int owner, const int32_t *prompt, esp_batch *b);
+
   /* What a checkpoint must hold beside the arrays, and bytes held beside them (samples kept). */
   void (*state_write)(const esp_strategy *s, struct json_t *j);
   esp_status (*state_read)(esp_strategy *s, const struct json_t *j, const char *path);
@@ -202,9 +217,16 @@ struct esp_strategy {
 
 const esp_strategy_kind *esp_strategy_find(const char *name);
 const char *const *esp_strategy_names(int *n);
-/* Rules of a recipe: unknown pairs, flags, and each kind's own. adapter_moves: its ranks change in a run; one_adapter:
- * it lives through all tasks. */
-esp_status esp_strategies_check(const esp_strategy_cfg *c, int n_tasks, bool adapter_moves, bool one_adapter);
+typedef struct esp_strategy_facts { /* of a recipe, for the rules between strategies and what stands around them */
+  int n_tasks;
+  bool adapter_moves; /* its ranks change in a run */
+  bool one_adapter;   /* it lives through all tasks */
+  bool new_per_task;  /* the policy of that name */
+} esp_strategy_facts;
+/* Rules of a recipe: pairs, flags, and each kind's own. */
+esp_status esp_strategies_check(const esp_strategy_cfg *c, const esp_strategy_facts *f);
+/* Whether some strategy of the list has the flag. */
+bool esp_strategies_have(const esp_strategy_cfg *c, unsigned flag);
 
 /* The named array, zeroed when it is new or has another size. host false: in the backend's memory. NULL: error set.
  * Names live as long as the strategy: ask for them by name again in each hook, a resumed run has other addresses. */
@@ -291,6 +313,9 @@ double esp_strategies_penalty(esp_strategies *s, const esp_sequence *q, const es
 esp_status esp_strategies_project(esp_strategies *s, const esp_sequence *q, const esp_strategy_step *t);
 esp_status esp_strategies_after_step(esp_strategies *s, const esp_sequence *q, const esp_strategy_step *t);
 esp_status esp_strategies_deploy(esp_strategies *s, const esp_sequence *q, bool on);
+/* Nothing unless deployed and a strategy chooses. */
+esp_status esp_strategies_choose(esp_strategies *s, const esp_sequence *q, int owner, const int32_t *prompt,
+                                 esp_batch *b);
 /* Bytes that strategy i holds: its arrays and what it says itself. */
 int64_t esp_strategies_bytes(const esp_strategies *s, int i, const esp_sequence *q);
 /* Arrays and state into two files (nothing for an empty set), and back from their contents; path: for messages. */

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "backend/plugin.h"
+#include "io/file.h"
 #include "train/train.h"
 
 const char *esp_engine_device(const esp_recipe *r) {
@@ -34,11 +35,14 @@ void esp_engine_unload(esp_engine *e) {
   esp_comm_destroy(e->device_comm);
   e->device_comm = NULL;
   esp_optim_destroy(e->optim);
+  for (int i = 0; e->bank && e->bank[i] && e->bank[i] != e->adapter; i++) esp_adapter_destroy(e->bank[i]);
+  esp_mem_free(e->bank);
   esp_adapter_destroy(e->adapter);
   esp_model_close(e->model);
   e->optim = NULL;
   e->adapter = NULL;
   e->model = NULL;
+  e->bank = NULL;
 }
 
 void esp_engine_deinit(esp_engine *e) {
@@ -73,16 +77,41 @@ out:
   return st;
 }
 
+/* For a plan there are no files: adapters of the same shapes. */
+static esp_status load_earlier(esp_engine *e) {
+  char folder[ESP_PATH], dir[ESP_PATH];
+  esp_path_join(folder, sizeof folder, e->r->checkpoint.output_dir, "adapters");
+  for (int i = 0; i < e->n_earlier; i++) {
+    const esp_recipe_task *t = &e->r->tasks[i];
+    if (esp_backend_counts(e->be))
+      ESP_TRY(esp_adapter_create(e->model, &t->adapter, t->name, false, &e->bank[i]));
+    else
+      ESP_TRY(esp_adapter_load(e->model, esp_path_join(dir, sizeof dir, folder, t->name), t->name, false, &e->bank[i]));
+  }
+  return ESP_OK;
+}
+
+static esp_status activate(esp_engine *e) {
+  if (!e->adapter) return ESP_OK;
+  e->bank[e->n_earlier] = e->adapter;
+  bool stack = e->r->continual.policy == ESP_POLICY_STACK;
+  return stack ? esp_adapters_activate(e->model, e->bank, e->n_earlier + 1)
+               : esp_adapters_activate(e->model, &e->adapter, 1);
+}
+
 esp_status esp_engine_load(esp_engine *e, const char *base, const esp_adapter_cfg *cfg, const char *adapter_dir,
                            bool trainable) {
   esp_engine_unload(e);
   esp_model_options o = {e->r->model.dtype, e->r->model.random_init, e->r->seed, e->r->memory.offload_base};
   ESP_TRY(esp_model_open(base, e->be, &o, &e->model));
+  e->bank = esp_mem_alloc(ESP_MEM_HOST, (size_t)(e->n_earlier + 2) * sizeof *e->bank);
+  if (!e->bank) return ESP_ERR_MEMORY;
+  ESP_TRY(load_earlier(e));
   if (adapter_dir)
     ESP_TRY(esp_adapter_load(e->model, adapter_dir, "default", trainable, &e->adapter));
   else if (cfg)
     ESP_TRY(adapter_create(e, base, cfg, trainable));
-  if (e->adapter) ESP_TRY(esp_adapters_activate(e->model, &e->adapter, 1));
+  ESP_TRY(activate(e));
   ESP_TRY(esp_model_load_weights(e->model));
   ESP_TRY(esp_backend_sync(e->be));
   return device_comm(e);
@@ -131,6 +160,7 @@ esp_status esp_engine_strategies(esp_engine *e, const esp_train_data *data, cons
 esp_status esp_engine_task(esp_engine *e, int task, const esp_task_steps *steps) {
   esp_sequence *q = &e->sequence;
   q->model = e->model, q->adapter = e->adapter, q->optim = e->optim;
+  q->bank = e->bank, q->n_bank = e->n_earlier + 1;
   q->stack = &e->stack, q->device_comm = e->device_comm;
   q->task = task;
   q->micro_batch = e->r->tasks[task].train.micro_batch_size;
@@ -140,6 +170,30 @@ esp_status esp_engine_task(esp_engine *e, int task, const esp_task_steps *steps)
   if (!e->opened) ESP_TRY(esp_strategies_open(&e->strategies, q));
   e->opened = true;
   return esp_strategies_task_begin(&e->strategies, q);
+}
+
+esp_score_request esp_engine_request(esp_engine *e, const esp_train_data *d, int i) {
+  const esp_recipe *r = e->r;
+  esp_score_request q = {.model = e->model,
+                         .tok = d->tok,
+                         .data = d->eval[i],
+                         .stack = &e->stack,
+                         .set = &r->eval.sets[i],
+                         .batch_tokens = r->eval.batch_tokens,
+                         .comm = e->comm,
+                         .strategies = &e->strategies,
+                         .sequence = &e->sequence,
+                         .owner = -1};
+  for (int t = r->n_tasks - 1; t >= 0; t--)
+    for (int k = 0; k < r->tasks[t].n_eval; k++)
+      if (r->tasks[t].eval[k] == i) q.owner = t;
+  return q;
+}
+
+int esp_engine_keeps(const esp_recipe *r, int task) {
+  bool keeps =
+      r->continual.policy == ESP_POLICY_STACK || esp_strategies_have(&r->continual.strategy, ESP_STRATEGY_BANK);
+  return keeps ? task : 0;
 }
 
 void esp_engine_parameters(const esp_engine *e, int64_t *trainable, int64_t *total) {

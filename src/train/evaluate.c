@@ -8,8 +8,7 @@
 
 esp_status esp_loop_score(esp_loop *l, int i, esp_score_result *out) {
   const esp_eval_set *set = &l->r->eval.sets[i];
-  esp_score_request q = {l->engine.model,         l->data.tok, l->data.eval[i], &l->engine.stack, set,
-                         l->r->eval.batch_tokens, l->comm};
+  esp_score_request q = esp_engine_request(&l->engine, &l->data, i);
   ESP_TRY(l->hooks->score(l->hooks->ctx, &q, out));
   esp_event e = esp_loop_event(l, ESP_EVENT_EVAL);
   e.set = set->name;
@@ -32,8 +31,7 @@ static esp_status keep_samples(esp_loop *l, int row) {
   esp_strbuf_init(&b);
   esp_strbuf_puts(&b, "[");
   for (int i = 0; i < r->eval.n_sets; i++) {
-    esp_score_request q = {l->engine.model,  l->data.tok,          l->data.eval[i], &l->engine.stack,
-                           &r->eval.sets[i], r->eval.batch_tokens, l->comm};
+    esp_score_request q = esp_engine_request(&l->engine, &l->data, i);
     esp_strbuf one;
     esp_strbuf_init(&one);
     st = l->hooks->samples(l->hooks->ctx, &q, r->eval.samples, &one);

@@ -60,6 +60,7 @@ static esp_status begin_task(esp_loop *l, int i, bool first) {
     cfg.seed += (uint64_t)i * 1000003u; /* another start for each new adapter */
     if (l->r->continual.policy == ESP_POLICY_CONTINUE) cfg = l->r->tasks[0].adapter;
     ESP_TRY(esp_rundir_base(l, base));
+    l->engine.n_earlier = esp_engine_keeps(l->r, i);
     ESP_TRY(esp_comm_agree(l->comm, esp_engine_load(&l->engine, base, &cfg, NULL, true)));
   }
   esp_adapter *a = l->engine.adapter;

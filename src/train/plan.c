@@ -71,7 +71,7 @@ static esp_status evaluations(esp_engine *e, const esp_train_data *d, const esp_
   const esp_recipe *r = e->r;
   for (int i = 0; hooks && hooks->score && i < r->eval.n_sets; i++) {
     /* One rank's share is what one rank needs: the counting engine is alone, so it counts the whole set. */
-    esp_score_request q = {e->model, d->tok, d->eval[i], &e->stack, &r->eval.sets[i], r->eval.batch_tokens, e->comm};
+    esp_score_request q = esp_engine_request(e, d, i);
     esp_score_result result;
     ESP_TRY(hooks->score(hooks->ctx, &q, &result));
     if (r->eval.samples > 0) ESP_TRY(hooks->samples(hooks->ctx, &q, r->eval.samples, NULL));
@@ -86,16 +86,19 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   esp_status st = ESP_OK;
   esp_packs *packs = NULL;
   esp_rows rows = {0};
+  e->n_earlier = esp_engine_keeps(r, task);
   if (fresh) ESP_GOTO(esp_engine_load(e, r->model.base_model, &t->adapter, NULL, true));
   ESP_GOTO(esp_engine_optim(e, &t->optim, task > 0));
   if (!e->stack_ready) ESP_GOTO(esp_engine_stack(e, 0));
   const esp_adapter_kind *kind = e->adapter->kind;
   if (kind->task_begin) ESP_GOTO(kind->task_begin(e->adapter, task));
   ESP_GOTO(largest(e, c, r->memory.activation_checkpointing, false));
-  if (fresh || kind->task_begin) ESP_GOTO(evaluations(e, d, hooks)); /* what an evaluation holds may grow with tasks */
   if (fresh) ESP_GOTO(esp_calibrate(e, r, d, task));
   /* Again with the stack at its full height, now as a whole step over the first rows: this is also what is counted. */
   ESP_GOTO(esp_engine_task(e, task, c));
+  ESP_GOTO(esp_strategies_deploy(&e->strategies, &e->sequence, true));
+  if (fresh || kind->task_begin) ESP_GOTO(evaluations(e, d, hooks)); /* what an evaluation holds may grow with tasks */
+  ESP_GOTO(esp_strategies_deploy(&e->strategies, &e->sequence, false));
   ESP_GOTO(largest(e, c, r->memory.activation_checkpointing, true));
   ESP_GOTO(esp_packs_create(d->task[task], &t->data_cfg, r->seed, task, 0, &packs));
   double before = e->be->stats.flops;
@@ -109,8 +112,6 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
                     .seed = r->seed};
   esp_step_out out;
   ESP_GOTO(esp_train_step(e, &in, &rows, &out));
-  ESP_GOTO(esp_strategies_deploy(&e->strategies, &e->sequence, true));
-  ESP_GOTO(esp_strategies_deploy(&e->strategies, &e->sequence, false));
   *flops = (e->be->stats.flops - before) / (double)(out.tokens > 0 ? out.tokens : 1); /* per token */
   ESP_GOTO(esp_strategies_task_end(&e->strategies, &e->sequence));
 out:

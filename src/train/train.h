@@ -22,6 +22,9 @@ typedef struct esp_score_request {
   const esp_eval_set *set;
   int64_t batch_tokens;
   esp_comm *comm;
+  esp_strategies *strategies; /* which may choose an adapter for each row; NULL: none */
+  const esp_sequence *sequence;
+  int owner; /* the task whose set it is, -1: none */
 } esp_score_request;
 
 typedef struct esp_score_result {
@@ -74,6 +77,9 @@ typedef struct esp_engine {
   esp_backend *be;
   esp_model *model;
   esp_adapter *adapter;
+  /* Adapters of earlier tasks, frozen, and `adapter` behind them: see esp_engine_load. */
+  esp_adapter **bank;
+  int n_earlier;
   esp_optim *optim;
   esp_stack stack;
   bool stack_ready;
@@ -88,13 +94,18 @@ const char *esp_engine_device(const esp_recipe *r);
 esp_status esp_engine_init(esp_engine *e, const esp_recipe *r, esp_comm *comm, bool counting);
 void esp_engine_deinit(esp_engine *e);
 /* Opens `base`, attaches the adapter of the configuration (adapter_dir NULL: new; else loaded and trainable as said),
- * loads the weights. The stack, if there is one, stays. cfg NULL and adapter_dir NULL: the bare base. */
+ * loads the weights. The stack, if there is one, stays. cfg NULL and adapter_dir NULL: the bare base. The adapters of
+ * the first e->n_earlier tasks are read from the run's folder beside it, active only where the policy stacks them. */
 esp_status esp_engine_load(esp_engine *e, const char *base, const esp_adapter_cfg *cfg, const char *adapter_dir,
                            bool trainable);
 void esp_engine_unload(esp_engine *e);
 /* The optimizer for a task: new, or the present one with another configuration when `keep` and the kind is the same. */
 esp_status esp_engine_optim(esp_engine *e, const esp_optim_cfg *cfg, bool keep);
 esp_status esp_engine_stack(esp_engine *e, int64_t capacity);
+/* For evaluation set i, with model and strategies as they stand. */
+esp_score_request esp_engine_request(esp_engine *e, const esp_train_data *d, int i);
+/* How many adapters of earlier tasks stay beside that of `task`: for e->n_earlier, before its adapter is loaded. */
+int esp_engine_keeps(const esp_recipe *r, int task);
 /* The strategies of the recipe. data must outlive the engine. */
 esp_status esp_engine_strategies(esp_engine *e, const esp_train_data *data, const esp_train_hooks *hooks);
 /* Model, adapter and optimizer stand for this task: its strategies begin (the first time they open before). */

@@ -381,6 +381,10 @@ bad "branch of a decay at the run's end" 2 "branch needs a schedule that decays 
 bad "values held for ranks that move" 2 "l2 holds a value for each parameter" $no run r.yaml continual.strategy=l2 adapter.type=adalora
 bad "values held for adapters that come and go" 2 "l2 needs one adapter through all tasks" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=l2 continual.policy=new_per_task
 bad "joint against forgetting" 2 "with policy joint there is nothing to forget" $no run r.yaml continual.policy=joint continual.strategy=l2
+bad "selector on one adapter" 2 "bank chooses among the adapters of tasks, which continual.policy: new_per_task makes" $no run r.yaml continual.strategy=bank
+bad "selector that is none" 2 "continual.bank.selector: 'best' is not one of" $no run r.yaml continual.bank.selector=best
+bad "several of the nearest" 2 "continual.bank.top_k: only the selector keys weights" $no run r.yaml continual.strategy=bank continual.policy=new_per_task continual.bank.top_k=2
+bad "adapters chosen by row that are not by row" 2 "cannot be chosen per row" $no run r.yaml continual.strategy=bank continual.policy=new_per_task 'adapter.modules_to_save=[lm_head]'
 bad "replay with one task" 2 "replay has nothing to replay with one task" $no run r.yaml continual.strategy=replay
 bad "replay of half a sample" 2 "replay.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=replay continual.replay.buffer=1.5
 bad "replay of nothing but the past" 2 "continual.replay.ratio: 1 is out of range" $no run r.yaml continual.replay.ratio=1

@@ -9,13 +9,16 @@ static const esp_strategy_cfg with_l2 = {.names = l2_only, .n = 1, .l2 = {.weigh
 static void rules(void **state) {
   static const char *const twice[] = {"l2", "l2"};
   esp_strategy_cfg c = {.names = twice, .n = 2};
-  assert_int_equal(esp_strategies_check(&c, 3, false, true), ESP_ERR_RECIPE);
+  esp_strategy_facts f = {.n_tasks = 3, .one_adapter = true};
+  assert_int_equal(esp_strategies_check(&c, &f), ESP_ERR_RECIPE);
   assert_non_null(strstr(esp_error_message(), "l2 is named twice"));
   c.n = 1;
-  assert_int_equal(esp_strategies_check(&c, 3, false, true), ESP_OK);
-  assert_int_equal(esp_strategies_check(&c, 3, true, true), ESP_ERR_RECIPE);
+  assert_int_equal(esp_strategies_check(&c, &f), ESP_OK);
+  f.adapter_moves = true;
+  assert_int_equal(esp_strategies_check(&c, &f), ESP_ERR_RECIPE);
   assert_non_null(strstr(esp_error_message(), "ranks move"));
-  assert_int_equal(esp_strategies_check(&c, 3, false, false), ESP_ERR_RECIPE);
+  f.adapter_moves = f.one_adapter = false;
+  assert_int_equal(esp_strategies_check(&c, &f), ESP_ERR_RECIPE);
   assert_non_null(strstr(esp_error_message(), "continual.policy: continue"));
 }
 
