@@ -383,6 +383,8 @@ static const esp_key continual_keys[] = {
     {"ilora", ESP_T_OBJECT, .object = &esp_schema_ilora},
     {"mos", ESP_T_OBJECT, .object = &esp_schema_mos},
     {"osf", ESP_T_OBJECT, .object = &esp_schema_osf},
+    {"ogd", ESP_T_OBJECT, .object = &esp_schema_ogd},
+    {"refactor", ESP_T_OBJECT, .object = &esp_schema_refactor},
     {"migu", ESP_T_OBJECT, .object = &esp_schema_migu},
 };
 

@@ -58,3 +58,17 @@ static const esp_key migu_keys[] = {
      .help = "rows of each layer's output that are taken from them"},
 };
 STRATEGY(migu, "Strategy migu: only rows of large output magnitude get a gradient.");
+
+static const esp_key ogd_keys[] = {
+    {"samples", ESP_T_INT, AT(continual.strategy.ogd.samples), .def = "32", RANGE(1, 4096),
+     .help = "of a finished task whose gradients are taken"},
+    {"directions", ESP_T_INT, AT(continual.strategy.ogd.directions), .def = "16", RANGE(1, 4096),
+     .help = "principal directions of them that are kept; as many as samples: all (OGD)"},
+};
+STRATEGY(ogd, "Strategy ogd: steps are orthogonal to the gradients of earlier tasks' samples.");
+
+static const esp_key refactor_keys[] = {
+    {"interval", ESP_T_INT, AT(continual.strategy.refactor.interval), .def = "off", RANGE(1, BIG), .word = "off",
+     .help = "steps from one to the next, beside that when a task begins"},
+};
+STRATEGY(refactor, "Strategy refactor: low-rank factors are balanced anew and the optimizer's moments reset.");

@@ -15,10 +15,14 @@ extern const esp_strategy_kind esp_strategy_lwf;
 extern const esp_strategy_kind esp_strategy_gpm;
 extern const esp_strategy_kind esp_strategy_nullspace;
 extern const esp_strategy_kind esp_strategy_osf;
+extern const esp_strategy_kind esp_strategy_ogd;
+extern const esp_strategy_kind esp_strategy_refactor;
 extern const esp_strategy_kind esp_strategy_migu;
 extern const esp_strategy_kind esp_strategy_replay;
 extern const esp_strategy_kind esp_strategy_si;
 
+/* refactor.c: A [r, in] and B [out, r] become balanced factors of the same product. */
+esp_status esp_refactor(int64_t out, int64_t in, int64_t r, float *a, float *b);
 /* gem.c: v = argmin 1/2 v^T P v + c^T v with v >= margin; P [n, n] symmetric and positive semidefinite. */
 esp_status esp_gem_solve(int n, const double *p, const double *c, double margin, double *v);
 extern const esp_strategy_kind esp_strategy_lwf;

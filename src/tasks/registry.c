@@ -24,6 +24,8 @@ static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_coin_ema,
     &esp_strategy_mos,
     &esp_strategy_osf,
+    &esp_strategy_ogd,
+    &esp_strategy_refactor,
     &esp_strategy_migu,
 };
 /* clang-format on */

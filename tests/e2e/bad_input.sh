@@ -341,6 +341,9 @@ bad "osf of one LoRA through all tasks" 2 "osf wants factors of its own for each
 bad "osf that retains everything" 2 "continual.osf.retain" $no run r.yaml continual.osf.retain=1
 bad "osf with more for unimportant layers" 2 "continual.osf.retain_min: 0.6 is above retain" $no run r.yaml continual.osf.retain_min=0.6 continual.strategy=osf
 bad "migu that holds every row" 2 "continual.migu.threshold" $no run r.yaml continual.migu.threshold=1
+bad "more directions than samples" 2 "continual.ogd.directions: 9, of 4 samples" "edit 's/^tasks:/&\\n  - {name: z, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=ogd 'continual.ogd={samples: 4, directions: 9}'
+bad "ogd with one task" 2 "ogd has nothing to do with one task" $no run r.yaml continual.strategy=ogd
+bad "refactor of no factors" 2 "refactor is for lora and o-lora, full has no factors" $no run r.yaml continual.strategy=refactor 'adapter={type: full}'
 bad "gpm with one task" 2 "gpm has nothing to do with one task" $no run r.yaml continual.strategy=gpm
 bad "bases of more than everything" 2 "continual.gpm.energy" $no run r.yaml continual.gpm.energy=1.5
 bad "a null space of a kind without matrices" 2 "nullspace is for lora, o-lora, layers and full, not for dora" "edit 's/^tasks:/&\\n  - {name: z, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=nullspace adapter.type=dora

@@ -428,6 +428,137 @@ static void migu(void **state) {
   }
 }
 
+/* No step along the directions of earlier tasks: orthonormal over all tasks, orthogonal to what the masters have
+ * changed by, and with as many as samples the samples' own gradients lie in their span. */
+static void ogd(void **state) {
+  static const char *const names[] = {"ogd"};
+  esp_strategy_cfg cfg = {.names = names, .n = 1, .ogd = {.samples = 5, .directions = 5}};
+  sf f;
+  sf_open(&f, NULL, &cfg);
+  f.optim->cfg.weight_decay = 0.1;
+  int64_t p = f.a->params->total, k[2];
+  float *u[2], *own[2];
+  for (int t = 0; t < 2; t++) {
+    char name[32];
+    esp_sample *some;
+    int64_t count;
+    begin(&f, t);
+    train(&f, 3);
+    OK(esp_sequence_some(&f.q, 5, &some, &count));
+    esp_tensor g = esp_flat(f.r.be->ops->alloc(f.r.be, ESP_MEM_HOST, p * 4), p);
+    OK(esp_sequence_gradient_of(&f.q, &some[4], 1, g, NULL));
+    own[t] = test_read(f.r.be, g.data, p * 4);
+    f.r.be->ops->free(f.r.be, g.data);
+    OK(esp_strategies_task_end(&f.set, &f.q));
+    snprintf(name, sizeof name, "directions.%d", t);
+    esp_tensor basis = esp_basis(&f.set.list[0], name, p);
+    k[t] = esp_tensor_rows(&basis);
+    assert_int_equal(k[t], 5);
+    u[t] = test_read(f.r.be, basis.data, k[t] * p * 4);
+    esp_mem_free(some);
+  }
+  for (int a = 0; a < 10; a++)
+    for (int b = 0; b <= a; b++) {
+      double d = 0;
+      for (int64_t i = 0; i < p; i++) d += (double)u[a / 5][a % 5 * p + i] * (double)u[b / 5][b % 5 * p + i];
+      assert_true(fabs(d - (a == b)) <= 2e-6);
+    }
+  begin(&f, 2);
+  float *was = fx_masters(f.a), *now;
+  train(&f, 4);
+  now = fx_masters(f.a);
+  double moved = 0;
+  for (int64_t i = 0; i < p; i++) moved += pow((double)now[i] - (double)was[i], 2);
+  assert_true(sqrt(moved) > 0.1);
+  for (int t = 0; t < 2; t++) {
+    double along = 0, size = 0;
+    for (int64_t i = 0; i < p; i++) {
+      along += ((double)now[i] - (double)was[i]) * (double)own[t][i];
+      size += (double)own[t][i] * (double)own[t][i];
+    }
+    assert_true(fabs(along) <= 1e-4 * sqrt(size * moved));
+    for (int64_t d = 0; d < k[t]; d++) {
+      along = 0;
+      for (int64_t i = 0; i < p; i++) along += ((double)now[i] - (double)was[i]) * (double)u[t][d * p + i];
+      assert_true(fabs(along) <= 1e-6);
+    }
+    free(u[t]);
+    free(own[t]);
+  }
+  free(was);
+  free(now);
+  sf_close(&f);
+}
+
+/* B A stays to rounding, factors have equal Gram matrices, lost ranks come back with B zero. */
+static void refactored(void **state) {
+  enum { OUT = 20, IN = 14, R = 5 };
+  for (int lost = 0; lost < 3; lost++) {
+    float a[R * IN], b[OUT * R], a0[R * IN], b0[OUT * R];
+    for (int i = 0; i < R * IN; i++) a[i] = esp_rng_normal(2, 1, (uint64_t)i);
+    for (int i = 0; i < OUT * R; i++) b[i] = i % R < lost ? 0 : 0.01f * esp_rng_normal(2, 2, (uint64_t)i);
+    memcpy(a0, a, sizeof a);
+    memcpy(b0, b, sizeof b);
+    OK(esp_refactor(OUT, IN, R, a, b));
+    double most = 0, worst = 0;
+    for (int o = 0; o < OUT; o++)
+      for (int i = 0; i < IN; i++) {
+        double x = 0, y = 0;
+        for (int k = 0; k < R; k++) {
+          x += (double)b0[o * R + k] * (double)a0[k * IN + i];
+          y += (double)b[o * R + k] * (double)a[k * IN + i];
+        }
+        most = fmax(most, fabs(x));
+        worst = fmax(worst, fabs(x - y));
+      }
+    assert_true(worst <= 1e-6 * most);
+    for (int j = 0; j < R; j++)
+      for (int k = 0; k < R; k++) {
+        double aa = 0, bb = 0;
+        for (int i = 0; i < IN; i++) aa += (double)a[j * IN + i] * (double)a[k * IN + i];
+        for (int o = 0; o < OUT; o++) bb += (double)b[o * R + j] * (double)b[o * R + k];
+        bool gone = k == j && j >= R - lost;
+        assert_true(gone ? bb == 0 && fabs(aa - 1.0 / 3) <= 1e-6 : fabs(aa - bb) <= 2e-6 * most * OUT);
+        if (j != k) assert_true(fabs(bb) <= 2e-6 * most * OUT);
+      }
+  }
+  float a[R * IN], b[OUT * R] = {0}, a0[R * IN];
+  for (int i = 0; i < R * IN; i++) a0[i] = a[i] = esp_rng_normal(2, 1, (uint64_t)i);
+  OK(esp_refactor(OUT, IN, R, a, b));
+  assert_memory_equal(a, a0, sizeof a);
+}
+
+/* In a run: the weights stay, the moments are zero; with an interval also within a task. */
+static void refactor_in_run(void **state) {
+  static const char *const names[] = {"refactor"};
+  esp_strategy_cfg cfg = {.names = names, .n = 1, .refactor = {.interval = 3}};
+  sf f;
+  sf_open(&f, NULL, &cfg);
+  begin(&f, 0);
+  train(&f, 2);
+  assert_int_equal(f.optim->step, 2);
+  esp_trained *list;
+  int n;
+  OK(esp_trained_list(&f.set.list[0], &f.q, &list, &n));
+  float *was = effective(&f, list[3].site), *before = fx_masters(f.a);
+  begin(&f, 1);
+  float *now = effective(&f, list[3].site), *after = fx_masters(f.a);
+  int64_t size = list[3].site->out * list[3].site->in;
+  assert_true(fx_rel(now, was, size) <= 1e-6 && fx_rel(after, before, f.a->params->total) > 1e-2);
+  assert_int_equal(f.optim->step, 0);
+  train(&f, 3);
+  assert_int_equal(f.optim->step, 0);
+  float *m = test_read(f.r.be, f.optim->state[0], f.a->params->total * 4);
+  assert_true(fx_max_abs(m, f.a->params->total) == 0);
+  free(m);
+  free(was);
+  free(now);
+  free(before);
+  free(after);
+  esp_mem_free(list);
+  sf_close(&f);
+}
+
 static void refused(void **state) {
   static const char *const names[] = {"gpm"};
   esp_strategy_cfg cfg = {.names = names, .n = 1, .gpm = {.energy = 0.95, .samples = 3, .tokens = 9}};
@@ -453,10 +584,12 @@ static void refused(void **state) {
 int main(void) {
   fx_setup();
   sf_setup();
-  const struct CMUnitTest tests[] = {cmocka_unit_test(observed),  cmocka_unit_test(bases),
-                                     cmocka_unit_test(nullspace), cmocka_unit_test(gpm),
-                                     cmocka_unit_test(osf),       cmocka_unit_test(osf_importance),
-                                     cmocka_unit_test(migu),      cmocka_unit_test(refused)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(observed),   cmocka_unit_test(bases),
+                                     cmocka_unit_test(nullspace),  cmocka_unit_test(gpm),
+                                     cmocka_unit_test(osf),        cmocka_unit_test(osf_importance),
+                                     cmocka_unit_test(migu),       cmocka_unit_test(ogd),
+                                     cmocka_unit_test(refactored), cmocka_unit_test(refactor_in_run),
+                                     cmocka_unit_test(refused)};
   int failed = cmocka_run_group_tests(tests, NULL, NULL);
   fx_teardown();
   return failed;
