@@ -14,7 +14,7 @@ static esp_status put(const esp_strategy *s, const esp_strategy_value *v, esp_st
   char name[192];
   full_name(s, v, name);
   int64_t bytes = v->n * (int64_t)esp_dtype_size(v->dtype);
-  if (v->host) return esp_st_writer_put(w, name, v->data, bytes);
+  if (v->host || esp_backend_on_host(s->be)) return esp_st_writer_put(w, name, v->data, bytes);
   void *host = esp_mem_alloc(ESP_MEM_HOST, (size_t)bytes);
   if (!host) return ESP_ERR_MEMORY;
   s->be->ops->download(s->be, host, v->data, bytes);
