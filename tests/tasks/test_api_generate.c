@@ -141,7 +141,7 @@ static void refusals(void **state) {
   esp_strategies again;
   OK(esp_strategies_create(&f.cfg, f.r.be, &again));
   assert_int_equal(esp_strategies_open(&again, &f.q), ESP_ERR_RECIPE);
-  assert_int_equal(esp_strategies_check(&c, 1, false, true), ESP_ERR_RECIPE);
+  assert_int_equal(esp_strategies_check(&c, &(esp_strategy_facts){.n_tasks = 1, .one_adapter = true}), ESP_ERR_RECIPE);
   esp_strategies_destroy(&again);
   sf_close(&f);
 }

@@ -158,7 +158,7 @@ static void thresholds(void **state) {
 
 static void refusals(void **state) {
   esp_strategy_cfg c = {.names = only, .n = 1};
-  assert_int_equal(esp_strategies_check(&c, 2, false, true), ESP_ERR_RECIPE);
+  assert_int_equal(esp_strategies_check(&c, &(esp_strategy_facts){.n_tasks = 2, .one_adapter = true}), ESP_ERR_RECIPE);
   assert_non_null(strstr(esp_error_message(), "continual.gere.data.path"));
 }
 

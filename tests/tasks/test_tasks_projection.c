@@ -562,7 +562,8 @@ static void refactor_in_run(void **state) {
 static void refused(void **state) {
   static const char *const names[] = {"gpm"};
   esp_strategy_cfg cfg = {.names = names, .n = 1, .gpm = {.energy = 0.95, .samples = 3, .tokens = 9}};
-  assert_int_equal(esp_strategies_check(&cfg, 1, false, true), ESP_ERR_RECIPE);
+  assert_int_equal(esp_strategies_check(&cfg, &(esp_strategy_facts){.n_tasks = 1, .one_adapter = true}),
+                   ESP_ERR_RECIPE);
   esp_adapter_cfg ia3 = {.type = "ia3", .r = 1, .alpha = 1, .target = target, .n_target = 1};
   sf f;
   esp_strategy_cfg none = {0};
