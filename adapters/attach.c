@@ -357,15 +357,23 @@ esp_status esp_adapters_activate(esp_model *m, esp_adapter **list, int n) {
   return attach_modules(m, list, n);
 }
 
+/* The others stay active; modules that it trained or computed itself are the base's again. */
+static void leave(esp_adapter *a, active_set *c) {
+  int n = 0, before = c->n;
+  for (int k = 0; k < c->n; k++)
+    if (c->list[k] != a) c->list[n++] = c->list[k];
+  if (n == before) return;
+  esp_status st = attach_modules(a->model, c->list, n);
+  if (st == ESP_OK && n > 0) st = install(a->model, c->list, n);
+  if (st == ESP_OK && n > 0) return;
+  install(a->model, NULL, 0);
+  attach_modules(a->model, NULL, 0);
+}
+
 void esp_adapter_destroy(esp_adapter *a) {
   if (!a) return;
   active_set *c = a->model ? current(a->model) : NULL;
-  if (c) {
-    int n = 0;
-    for (int k = 0; k < c->n; k++)
-      if (c->list[k] != a) c->list[n++] = c->list[k];
-    if (n < c->n && (n == 0 || install(a->model, c->list, n) != ESP_OK)) install(a->model, NULL, 0);
-  }
+  if (c) leave(a, c);
   esp_train_modules_destroy(a);
   if (a->kind->destroy && a->site_state) a->kind->destroy(a);
   for (int i = 0; i < a->kind->n_states; i++)

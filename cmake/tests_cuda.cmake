@@ -1,6 +1,8 @@
 # The suites written for the cpu backend, on CUDA (tests/backend_env.h): <name>_cuda_sim on the simulation (label
 # simcuda), <name>_gpu on a device (label gpu; 77, with the reason, where there is none). Included after tests.cmake.
 set(ESP_CUDA_SUITES
+    test_adapters_conformance_train test_adapters_conformance_files test_adapters_conformance_life test_merge_conformance
+    test_optim_lora_init
     test_backend_ops test_backend_kinds test_backend_gate test_backend_matmul test_backend_attention test_backend_golden test_backend_teacher
     test_adapters_conformance test_optim_peft_parity test_optim_rules test_optim_task_ranks test_model_golden test_model_real
     test_model_step test_model_weights test_eval_score test_adapters_target test_adapters_files)

@@ -26,7 +26,7 @@ static void one_bwd(esp_run *run, esp_site *s, const int32_t *ids, esp_tensor dy
   esp_model *m = run->model;
   if (m->hooks && m->hooks->embed_bwd)
     m->hooks->embed_bwd(m->hooks->ctx, run, s, ids, dy, &m->slots[m->n_groups + s->index]);
-  if (s->trained && s->trained_weight >= 0)
+  if (esp_site_trained(s) && s->trained_weight >= 0)
     run->be->ops->embed_bwd(run->be, esp_param_grad(s->trained, s->trained_weight).data, dy, ids, scale);
 }
 

@@ -170,9 +170,11 @@ static void trained_grads(esp_run *run, esp_group *g, esp_tensor x, esp_tensor d
   esp_backend *be = run->be;
   esp_group_state *gs = &run->model->gs[g->index];
   if (!gs->trains) return;
-  if (gs->mode == ESP_GROUP_STACKED) be->ops->matmul(be, stacked(g, 2), dy, true, x, false, 1.0f, 1.0f);
+  if (gs->mode == ESP_GROUP_STACKED && esp_site_trained(g->sites[0]))
+    be->ops->matmul(be, stacked(g, 2), dy, true, x, false, 1.0f, 1.0f);
   for (int i = 0; i < g->n_sites; i++) {
     esp_site *s = g->sites[i];
+    if (!esp_site_trained(s)) continue;
     esp_tensor dys = esp_tensor_cols_view(&dy, s->col0, s->out);
     if (gs->mode == ESP_GROUP_SPLIT && weight_trained(s))
       be->ops->matmul(be, esp_param_grad(s->trained, s->trained_weight), dys, true, x, false, 1.0f, 1.0f);

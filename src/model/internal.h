@@ -24,8 +24,8 @@ typedef struct esp_group_state {
   esp_group_mode mode;
   esp_weight site_weight[3]; /* SPLIT: the frozen sites */
   esp_weight site_dense[3];  /* SPLIT: the sites whose adapter reads dense rows */
-  bool trains;               /* some site of the group has a trained weight or bias */
-  bool bias_trained;         /* group->bias is refreshed from the store before use */
+  bool trains;               /* some site of the group has gradients of its weight or bias */
+  unsigned bias_trained;     /* bit per site: of group->bias, what is refreshed from the store before use */
 } esp_group_state;
 
 typedef struct esp_site_state {

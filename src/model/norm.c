@@ -1,8 +1,9 @@
 /* norm.c: RMSNorm and LayerNorm with the residual addition fused in, forward beside backward. */
 #include "model/internal.h"
 
+/* One whose store is there for inference has no gradients. */
 bool esp_site_trained(const esp_site *s) {
-  return s->trained && (s->trained_weight >= 0 || s->trained_bias >= 0);
+  return s->trained && s->trained->grad && (s->trained_weight >= 0 || s->trained_bias >= 0);
 }
 
 static esp_tensor norm_weight(const esp_model *m, const esp_site *s) {
@@ -45,7 +46,8 @@ void esp_norm_backward(esp_run *run, esp_site *s, esp_tensor r, esp_tensor dy, e
                          .rstd = rstd,
                          .mean = m->d.norm == ESP_NORM_LAYER ? mean : NULL,
                          .accumulate = accumulate};
-  if (s->trained && s->trained_weight >= 0) a.dw = esp_param_grad(s->trained, s->trained_weight).data;
-  if (s->trained && s->trained_bias >= 0) a.db = esp_param_grad(s->trained, s->trained_bias).data;
+  bool trained = esp_site_trained(s);
+  if (trained && s->trained_weight >= 0) a.dw = esp_param_grad(s->trained, s->trained_weight).data;
+  if (trained && s->trained_bias >= 0) a.db = esp_param_grad(s->trained, s->trained_bias).data;
   run->be->ops->norm_bwd(run->be, &a);
 }

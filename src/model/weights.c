@@ -213,16 +213,19 @@ static bool can_stack(const esp_group *g) {
 static esp_status settle_group(esp_model *m, esp_group *g) {
   esp_group_state *gs = &m->gs[g->index];
   int trained = 0;
-  bool bias = false, own = false;
+  unsigned bias = 0;
+  bool own = false;
+  gs->trains = false;
   for (int i = 0; i < g->n_sites; i++) {
-    trained += trained_weight(g->sites[i]);
-    own = own || g->sites[i]->product != ESP_PRODUCT_BASE;
-    bias = bias || trained_bias(g->sites[i]);
+    const esp_site *s = g->sites[i];
+    trained += trained_weight(s);
+    own = own || s->product != ESP_PRODUCT_BASE;
+    bias |= (unsigned)trained_bias(s) << i;
+    gs->trains |= esp_site_trained(s);
   }
-  bool had_bias = gs->bias_trained;
-  gs->trains = trained || bias;
+  unsigned left = gs->bias_trained & ~bias;
   gs->bias_trained = bias;
-  if (had_bias && !bias && g->bias.data) { /* the stacked copy holds trained values: back to the stored ones */
+  if (left && g->bias.data) { /* the stacked copy holds values that were trained: back to the stored ones */
     m->be->ops->free(m->be, g->bias.data);
     g->bias = (esp_tensor){0};
   }

@@ -1,35 +1,6 @@
-/* Conformance of adapter kinds: one table of kinds and configurations, one list of invariants (identity at the start,
- * forward == merged, round trip, gradients by finite differences, only the adapter moves, causality, independence of
- * sequences, recomputation, composition). A new kind is one more row.
- * Mutation seen to be caught: scaling dT by 1 instead of s in lora_tails_bwd fails "gradients" for every lora row. */
-#include <math.h>
-
-#include "adapter_fixture.h"
-#include "conformance_rows.h"
-
-enum { N_ROWS = sizeof rows / sizeof rows[0] };
-
-static bool whole(const row *w) {
-  return strcmp(w->cfg.type, "full") == 0;
-}
-
-static bool copies(const row *w) { /* modules of the base trained in full: products of their own */
-  return w->cfg.n_modules_to_save || strcmp(w->cfg.type, "layers") == 0;
-}
-
-static esp_adapter *attach(fx_run *r, const row *w, const char *name, bool trainable) {
-  esp_adapter *a;
-  OK(esp_adapter_create(r->m, &w->cfg, name, trainable, &a));
-  OK(esp_adapters_activate(r->m, &a, 1));
-  return a;
-}
-
-static void base_logits(const char *dir, const esp_batch *b, float *out) {
-  fx_run r;
-  fx_open(&r, dir, ESP_F32, false);
-  fx_logits(&r, b, out);
-  fx_close(&r);
-}
+/* Conformance of adapter kinds (conformance.h has all statements): what a kind computes. A new kind is one more row.
+ * Mutation seen to be caught: s left out of the tail in lora_tails (scale 1) fails "identity" for the rewritten bases. */
+#include "conformance.h"
 
 /* A kind is not registered without a row. `none` has nothing to hold. */
 static void every_kind_has_a_row(void **state) {
@@ -67,6 +38,7 @@ static void identity(void **state) {
       assert_true(d > 1e-3);
       d = 0;
     }
+    if (quantised(&rows[i])) limit = 0.2;
     if (!(d <= limit)) fail_msg("%s: %g away from the base at the start", rows[i].name, d);
     esp_adapter_destroy(a);
     fx_close(&r);
@@ -124,15 +96,10 @@ static void merged(void **state) {
   fx_batch f;
   fx_fill(&f);
   for (int i = 0; i < N_ROWS; i++) {
-    if (!esp_adapter_find(rows[i].cfg.type)->mergeable) continue; /* no matrix has their effect */
+    if (!merges(&rows[i])) continue; /* no matrix has their effect */
     fx_run r;
     fx_open(&r, fx_path(rows[i].base), ESP_F32, false);
     esp_adapter *a = attach(&r, &rows[i], "default", true);
-    if (!a->kind->mergeable) {
-      esp_adapter_destroy(a);
-      fx_close(&r);
-      continue;
-    }
     fx_shake(a, 0.1f, 17);
     fx_logits(&r, &f.b, y);
     write_merged(&r, &a, 1, fx_path("merged"), esp_model_describe(r.m)->tied);
@@ -142,161 +109,6 @@ static void merged(void **state) {
     double d = fx_rel(y, z, FX_T * FX_VOCAB);
     if (!(d < 4e-6)) fail_msg("%s: forward and merged differ by %g", rows[i].name, d);
     OK(esp_remove_tree(fx_path("merged")));
-  }
-}
-
-static void same_file(const char *a, const char *b, const char *name) {
-  char *x, *y;
-  size_t n, m;
-  OK(esp_file_read(a, &x, &n));
-  OK(esp_file_read(b, &y, &m));
-  if (n != m || memcmp(x, y, n) != 0) fail_msg("%s: the second save differs from the first", name);
-  esp_mem_free(x);
-  esp_mem_free(y);
-}
-
-static void round_trip(void **state) {
-  static float y[FX_T * FX_VOCAB], z[FX_T * FX_VOCAB];
-  fx_batch f;
-  fx_fill(&f);
-  for (int i = 0; i < N_ROWS; i++) {
-    fx_run r;
-    const char *file = whole(&rows[i]) ? "model.safetensors" : "adapter_model.safetensors";
-    char one[300], two[300];
-    fx_open(&r, fx_path(rows[i].base), ESP_F32, false);
-    esp_adapter *a = attach(&r, &rows[i], "default", true);
-    fx_shake(a, 0.1f, 18);
-    fx_logits(&r, &f.b, y);
-    OK(esp_adapter_save(a, fx_path("one")));
-    esp_adapter_destroy(a);
-    fx_close(&r);
-    fx_open(&r, fx_path(rows[i].base), ESP_F32, false);
-    OK(esp_adapter_load(r.m, fx_path("one"), "other", false, &a));
-    OK(esp_adapters_activate(r.m, &a, 1));
-    fx_logits(&r, &f.b, z);
-    double d = fx_rel(z, y, FX_T * FX_VOCAB);
-    if (!(d <= (rows[i].rewrites ? 4e-6 : 0.0))) fail_msg("%s: %g away after loading", rows[i].name, d);
-    OK(esp_adapter_save(a, fx_path("two")));
-    snprintf(one, sizeof one, "%s/%s", fx_path("one"), file);
-    snprintf(two, sizeof two, "%s/%s", fx_path("two"), file);
-    same_file(one, two, rows[i].name);
-    if (strncmp(rows[i].name, "lora all", 8) != 0 && !rows[i].rewrites) {
-      snprintf(one, sizeof one, "%s/adapter_config.json", fx_path("one"));
-      snprintf(two, sizeof two, "%s/adapter_config.json", fx_path("two"));
-      same_file(one, two, rows[i].name);
-    }
-    esp_adapter_destroy(a);
-    fx_close(&r);
-    OK(esp_remove_tree(fx_path("one")));
-    OK(esp_remove_tree(fx_path("two")));
-  }
-}
-
-/* DoRA's gradients of A and B take the norm as a constant, which the loss does not: compared with PEFT's instead
- * (test_optim_peft_parity.c). */
-static bool detached(const row *w, const char *name) {
-  return strcmp(w->cfg.type, "dora") == 0 && !strstr(name, "magnitude") && !strstr(name, "bias");
-}
-
-/* Directional derivative along each parameter's own gradient: (L(p + h u) - L(p - h u)) / 2h against |g|. */
-static void gradients(void **state) {
-  fx_batch f;
-  fx_fill(&f);
-  for (int i = 0; i < N_ROWS; i++) {
-    fx_run r;
-    fx_open(&r, fx_path(rows[i].base), ESP_F32, false);
-    esp_adapter *a = attach(&r, &rows[i], "default", true);
-    fx_shake(a, 0.1f, 19);
-    fx_loss(&r, &f.b, true, ESP_CKPT_OFF, 3);
-    float *grad = fx_grads(a);
-    for (int p = 0; p < a->params->count; p++) {
-      const esp_param *q = &a->params->list[p];
-      const float *g = grad + q->offset;
-      if (q->frozen) continue;
-      if (q->frozen || q->numel == 0) continue;
-      double norm = 0;
-      if (q->frozen) continue;
-      for (int64_t k = 0; k < q->numel; k++) norm += (double)g[k] * g[k];
-      norm = sqrt(norm);
-      /* softmax does not see a constant added to all keys: the gradient of k's bias is zero up to rounding */
-      bool invariant = strstr(q->name, "k_proj") && strstr(q->name, "bias");
-      if (norm < 1e-3 && invariant) continue;
-      if (!(norm > 1e-5)) fail_msg("%s: no gradient for %s (%g)", rows[i].name, q->name, norm);
-      if (detached(&rows[i], q->name)) continue;
-      float *x = malloc((size_t)(2 * q->numel) * sizeof *x), *v = x + q->numel;
-      esp_params_get(a->params, p, x);
-      double h = 5e-3, l[2];
-      for (int side = 0; side < 2; side++) {
-        for (int64_t k = 0; k < q->numel; k++) v[k] = x[k] + (float)((side ? -h : h) * g[k] / norm);
-        esp_params_set(a->params, p, v);
-        l[side] = fx_loss(&r, &f.b, true, ESP_CKPT_OFF, 3);
-      }
-      esp_params_set(a->params, p, x);
-      double fd = (l[0] - l[1]) / (2 * h);
-      if (!(fabs(fd - norm) <= 5e-3 * norm + 4e-3))
-        fail_msg("%s: %s: finite difference %g, gradient %g", rows[i].name, q->name, fd, norm);
-      free(x);
-    }
-    free(grad);
-    esp_adapter_destroy(a);
-    fx_close(&r);
-  }
-}
-
-/* Recomputation draws the same dropout and gives the same bits; another draw gives another loss only with dropout. */
-static void recomputed(void **state) {
-  fx_batch f;
-  fx_fill(&f);
-  for (int i = 0; i < N_ROWS; i++) {
-    fx_run r;
-    fx_open(&r, fx_path(rows[i].base), ESP_F32, false);
-    esp_adapter *a = attach(&r, &rows[i], "default", true);
-    fx_shake(a, 0.1f, 20);
-    double off = fx_loss(&r, &f.b, true, ESP_CKPT_OFF, 4);
-    size_t bytes = (size_t)a->params->total * sizeof(float);
-    float *grad = fx_grads(a);
-    esp_params_zero_grad(a->params);
-    double full = fx_loss(&r, &f.b, true, ESP_CKPT_FULL, 4);
-    if (off != full) fail_msg("%s: the loss depends on recomputation (%.9g, %.9g)", rows[i].name, off, full);
-    float *again = fx_grads(a);
-    if (memcmp(grad, again, bytes)) fail_msg("%s: gradients depend on recomputation", rows[i].name);
-    double other = fx_loss(&r, &f.b, true, ESP_CKPT_OFF, 5), eval = fx_loss(&r, &f.b, false, ESP_CKPT_OFF, 4);
-    bool drops = rows[i].cfg.dropout > 0;
-    if ((other != off) != drops || (eval != off) != drops)
-      fail_msg("%s: dropout draws: %.9g %.9g eval %.9g", rows[i].name, off, other, eval);
-    free(grad);
-    free(again);
-    esp_adapter_destroy(a);
-    fx_close(&r);
-  }
-}
-
-static void only_adapter_moves(void **state) {
-  static float before[FX_T * FX_VOCAB], after[FX_T * FX_VOCAB], with[FX_T * FX_VOCAB];
-  fx_batch f;
-  fx_fill(&f);
-  for (int i = 0; i < N_ROWS; i++) {
-    fx_run r;
-    fx_open(&r, fx_path(rows[i].base), ESP_F32, false);
-    esp_adapter *a = attach(&r, &rows[i], "default", true);
-    OK(esp_adapters_activate(r.m, NULL, 0));
-    fx_logits(&r, &f.b, before);
-    OK(esp_adapters_activate(r.m, &a, 1));
-    for (int step = 0; step < 3; step++) { /* plain SGD on the masters */
-      esp_params_zero_grad(a->params);
-      fx_loss(&r, &f.b, true, ESP_CKPT_OFF, step);
-      int64_t n = a->params->total;
-      r.be->ops->axpby(r.be, esp_tensor_1d(a->params->master, ESP_F32, n), -0.01f,
-                       esp_tensor_1d(a->params->grad, ESP_F32, n), 1.0f);
-      esp_params_refresh_shadow(a->params);
-    }
-    fx_logits(&r, &f.b, with);
-    OK(esp_adapters_activate(r.m, NULL, 0));
-    fx_logits(&r, &f.b, after);
-    if (memcmp(before, after, sizeof before)) fail_msg("%s: training changed the base", rows[i].name);
-    if (!(fx_rel(with, before, FX_T * FX_VOCAB) > 1e-4)) fail_msg("%s: training changed nothing", rows[i].name);
-    esp_adapter_destroy(a);
-    fx_close(&r);
   }
 }
 
@@ -380,6 +192,7 @@ static void low_rank(void **state) {
       int64_t rank = a->kind->low_rank(a, s, NULL, NULL), size = s->out * s->in;
       if (rank == 0 && a->kind->resized && esp_adapter_changes(a, s))
         fail_msg("%s: %s has no rank and changes", rows[i].name, s->path);
+      if (rank == 0 && quantised(&rows[i])) continue; /* the change is the base's own */
       assert_int_equal(rank, esp_adapter_rank(a, s) * (rows[i].rewrites ? 2 : 1));
       if (rank == 0) continue; /* a form of the kind that has none */
       float *A = malloc((size_t)(rank * s->in) * sizeof *A), *B = malloc((size_t)(rank * s->out) * sizeof *B);
@@ -404,38 +217,6 @@ static void low_rank(void **state) {
     }
     esp_adapter_destroy(a);
     fx_close(&r);
-  }
-}
-
-/* bf16 compute: gradients stay within the rounding of bf16 of those in fp32. */
-static void bf16_close(void **state) {
-  fx_batch f;
-  fx_fill(&f);
-  for (int i = 0; i < N_ROWS; i++) {
-    if (rows[i].cfg.dropout > 0 || whole(&rows[i])) continue;
-    float *grad[2];
-    int64_t total = 0;
-    for (int k = 0; k < 2; k++) {
-      fx_run r;
-      fx_open(&r, fx_path(rows[i].base), k ? ESP_BF16 : ESP_F32, false);
-      esp_adapter *a = attach(&r, &rows[i], "default", true);
-      fx_shake(a, 0.1f, 23);
-      fx_loss(&r, &f.b, true, ESP_CKPT_OFF, 1);
-      total = a->params->total;
-      grad[k] = fx_grads(a);
-      esp_adapter_destroy(a);
-      fx_close(&r);
-    }
-    double dot = 0, n0 = 0, n1 = 0;
-    for (int64_t k = 0; k < total; k++) {
-      dot += (double)grad[0][k] * grad[1][k];
-      n0 += (double)grad[0][k] * grad[0][k];
-      n1 += (double)grad[1][k] * grad[1][k];
-    }
-    double cosine = dot / sqrt(n0 * n1);
-    if (!(cosine > 0.999)) fail_msg("%s: bf16 gradient is off (cosine %g)", rows[i].name, cosine);
-    free(grad[0]);
-    free(grad[1]);
   }
 }
 
@@ -478,20 +259,49 @@ static void rotations(void **state) {
   assert_true(checked > 20);
 }
 
+/* olora: B is orthonormal; orthogonal: B A = 0. */
+static void orthogonal_starts(void **state) {
+  int checked = 0;
+  for (int i = 0; i < N_ROWS; i++) {
+    const char *init = rows[i].cfg.init ? rows[i].cfg.init : "";
+    bool olora = strcmp(init, "olora") == 0;
+    if (!olora && strcmp(init, "orthogonal") != 0) continue;
+    fx_run r;
+    fx_open(&r, fx_path(rows[i].base), ESP_F32, false);
+    esp_adapter *a = attach(&r, &rows[i], "default", false);
+    for (int p = 0; p < a->params->count; p++) {
+      const esp_param *pa = &a->params->list[p];
+      const char *leaf = strstr(pa->name, "lora_A");
+      if (!leaf) continue;
+      char name[400];
+      snprintf(name, sizeof name, "%.*slora_B.weight", (int)(leaf - pa->name), pa->name);
+      int b = esp_params_find(a->params, name);
+      int64_t k = pa->shape[0], in = pa->shape[1], out = a->params->list[b].shape[0], n = olora ? k : in;
+      float *A = malloc((size_t)(k * in) * sizeof *A), *B = malloc((size_t)(out * k) * sizeof *B);
+      esp_params_get(a->params, p, A);
+      esp_params_get(a->params, b, B);
+      for (int64_t x = 0; x < (olora ? k : out); x++)
+        for (int64_t y = 0; y < n; y++) {
+          double sum = 0;
+          for (int64_t q = 0; q < (olora ? out : k); q++)
+            sum += olora ? (double)B[q * k + x] * B[q * k + y] : (double)B[x * k + q] * A[q * in + y];
+          if (!(fabs(sum - (olora && x == y)) < 1e-5)) fail_msg("%s: %s: %g", rows[i].name, name, sum);
+        }
+      free(A);
+      free(B);
+      checked++;
+    }
+    esp_adapter_destroy(a);
+    fx_close(&r);
+  }
+  assert_true(checked >= 8);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(rotations),
-      cmocka_unit_test(every_kind_has_a_row),
-      cmocka_unit_test(identity),
-      cmocka_unit_test(merged),
-      cmocka_unit_test(round_trip),
-      cmocka_unit_test(gradients),
-      cmocka_unit_test(recomputed),
-      cmocka_unit_test(only_adapter_moves),
-      cmocka_unit_test(causal_and_independent),
-      cmocka_unit_test(sum_of_several),
-      cmocka_unit_test(low_rank),
-      cmocka_unit_test(bf16_close),
+      cmocka_unit_test(orthogonal_starts), cmocka_unit_test(rotations), cmocka_unit_test(every_kind_has_a_row),
+      cmocka_unit_test(identity),          cmocka_unit_test(merged),    cmocka_unit_test(causal_and_independent),
+      cmocka_unit_test(sum_of_several),    cmocka_unit_test(low_rank),
   };
   fx_setup();
   int failed = cmocka_run_group_tests(tests, NULL, NULL);
