@@ -5,7 +5,7 @@ set(ESP_CUDA_SUITES
     test_optim_lora_init
     test_backend_ops test_backend_kinds test_backend_gate test_backend_matmul test_backend_attention test_backend_golden test_backend_teacher
     test_adapters_conformance test_optim_peft_parity test_optim_rules test_optim_task_ranks test_model_golden test_model_real
-    test_model_step test_model_weights test_eval_score test_adapters_target test_adapters_files)
+    test_model_step test_model_weights test_eval_score test_eval_virtual test_adapters_target test_adapters_files)
 file(GLOB strategy_suites CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/tasks/test_*.c) # each strategy, by itself
 foreach(source IN LISTS strategy_suites)
   get_filename_component(name ${source} NAME_WE)
