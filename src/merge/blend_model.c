@@ -93,6 +93,7 @@ static esp_status save_sums(blending *g, const esp_out_tensor *t, int64_t *at, d
 out:
   end(g, t);
   esp_mem_free(made);
+  esp_mem_trim();
   return st;
 }
 

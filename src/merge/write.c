@@ -126,6 +126,7 @@ out:
   esp_mem_free(base);
   esp_mem_free(made);
   esp_mem_free(rounded);
+  esp_mem_trim(); /* blocks of another size do not fit the holes that these leave */
   return st;
 }
 
