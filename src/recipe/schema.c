@@ -385,6 +385,8 @@ static const esp_key continual_keys[] = {
     {"osf", ESP_T_OBJECT, .object = &esp_schema_osf},
     {"ogd", ESP_T_OBJECT, .object = &esp_schema_ogd},
     {"refactor", ESP_T_OBJECT, .object = &esp_schema_refactor},
+    {"perturb", ESP_T_OBJECT, .object = &esp_schema_perturb},
+    {"upgd", ESP_T_OBJECT, .object = &esp_schema_upgd},
     {"migu", ESP_T_OBJECT, .object = &esp_schema_migu},
 };
 

@@ -72,3 +72,21 @@ static const esp_key refactor_keys[] = {
      .help = "steps from one to the next, beside that when a task begins"},
 };
 STRATEGY(refactor, "Strategy refactor: low-rank factors are balanced anew and the optimizer's moments reset.");
+
+static const esp_key perturb_keys[] = {
+    {"when", ESP_T_WORD, AT(continual.strategy.perturb.when), .def = "step", WORDS("step", "task"),
+     .help = "after each step, or when a later task begins"},
+    {"weight", ESP_T_NUMBER, AT(continual.strategy.perturb.weight), .def = "0.1", RANGE(0, 1e6),
+     .help = "parameters shrink by lr weight each step, by weight at a task"},
+    {"noise", ESP_T_NUMBER, AT(continual.strategy.perturb.noise), .def = "1e-2", RANGE(0, 1e6),
+     .help = "standard deviation of what is added: lr noise each step, noise at a task"},
+};
+STRATEGY(perturb, "Strategy perturb: parameters shrink and are perturbed.");
+
+static const esp_key upgd_keys[] = {
+    {"beta", ESP_T_NUMBER, AT(continual.strategy.upgd.beta), .def = "0.99", .flags = ESP_K_BELOW_MAX, RANGE(0, 1),
+     .help = "of the running mean of utilities"},
+    {"noise", ESP_T_NUMBER, AT(continual.strategy.upgd.noise), .def = "1e-2", RANGE(0, 1e6),
+     .help = "standard deviation of the perturbation of the gradient"},
+};
+STRATEGY(upgd, "Strategy upgd: useful parameters move less, the others are perturbed more.");

@@ -26,6 +26,8 @@ static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_osf,
     &esp_strategy_ogd,
     &esp_strategy_refactor,
+    &esp_strategy_perturb,
+    &esp_strategy_upgd,
     &esp_strategy_migu,
 };
 /* clang-format on */

@@ -84,6 +84,13 @@ typedef struct esp_strategy_cfg {
     int64_t interval; /* steps; 0: only when a task begins */
   } refactor;
   struct {
+    const char *when; /* step | task */
+    double weight, noise;
+  } perturb;
+  struct {
+    double beta, noise;
+  } upgd;
+  struct {
     double weight; /* lambda of lambda/2 sum F (theta - theta_k)^2 */
     double decay;  /* gamma of the online form; 0: all tasks alike, each around its own optimum */
     int64_t samples;
