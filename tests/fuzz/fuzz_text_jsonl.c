@@ -1,5 +1,5 @@
-/* fuzz_text_jsonl.c: any bytes as a JSONL file, in every format and overlong policy (chosen by the first byte): an
- * error with a message, or samples whose packs hold together. */
+/* fuzz_text_jsonl.c: any bytes as a file of rows (lines, a list, natural instructions), in every format and overlong
+ * policy (chosen by the first byte): an error with a message, or samples whose packs hold together. */
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -52,7 +52,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   if (!f) abort();
   fwrite(data + 1, 1, size - 1, f);
   fclose(f);
-  esp_data_source src = {.path = path};
+  esp_data_source src = {.path = path,
+                         .prompt_template = data[0] & 16 ? "{definition}|{text}|{labels}" : NULL,
+                         .format = data[0] & 32 ? ESP_FMT_NATURAL_INSTRUCTIONS : ESP_FMT_AUTO};
   esp_data_cfg cfg = {.sequence_len = 16 + data[0] / 8,
                       .overlong = (esp_overlong)(data[0] % 5),
                       .packing = data[0] & 1 ? ESP_PACK_BFD : ESP_PACK_OFF,
