@@ -172,6 +172,9 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
     if (c->max_tokens > p->micro_batch_tokens) p->micro_batch_tokens = c->max_tokens;
     if (i == 0) esp_engine_parameters(&e, &p->trainable, &p->parameters);
   }
+  /* What an evaluation holds for its own time (caches of generation, logits) lies beside a stack at its final height.
+   */
+  ESP_GOTO(evaluations(&e, d, hooks));
   p->flops_per_step = p->steps ? p->flops / (double)p->steps : 0;
   out->stack_bytes = e.stack.high;
   out->scratch_bytes = e.be->ops->scratch ? e.be->ops->scratch(e.be, 0) : 0;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Evaluation inside tasks: which sets, at which steps; the numbers that follow; what is kept of answers. A run that was
 # stopped between two evaluations and resumed has the same curves, numbers and samples, byte for byte.
-# Mutation seen caught: metrics.jsonl that is not cut to the checkpoint on resume has the steps after it twice.
+# Mutations seen caught: metrics.jsonl that is not cut to the checkpoint on resume has the steps after it twice; a plan
+# whose evaluations are counted before the longest task is 5% short.
 . "$(dirname "$0")/../script.sh"
 "$MAKE_TINY" "$work"
 cd "$work"
@@ -26,6 +27,14 @@ expect seen/b "$(set_at seen b)" "a:0 a:9 b:11 b:13 b:17 b:18"
 expect seen/drift "$(set_at seen drift)" "a:0 a:9 b:18"
 "$ESPALIER" run recipe.yaml "${args[@]}" --output all eval.midway=all
 expect all/b "$(set_at all b)" "a:0 a:2 a:4 a:8 a:9 b:11 b:13 b:17 b:18"
+# what evaluations and samples hold is in the plan: caches of generation lie beside the stack of the longest task
+sed 's/sequence_len: 64/sequence_len: 256/; s/micro_batch_size: 2/micro_batch_size: 16/' recipe.yaml >long.yaml
+"$ESPALIER" run long.yaml train.max_steps=1 eval.samples=1 -q --output planned 'eval.sets[1].max_new_tokens=100' 'eval.sets[1].limit=2' 'tasks[a].train.micro_batch_size=1' || fail "the long run"
+python3 -c '
+import json
+r = json.load(open("planned/result.json"))
+ratio = r["memory_peak"] / r["planned_memory_peak"]
+assert 0.99 < ratio < 1.01, ratio' || fail "the plan of a run with evaluations"
 same_adapters own seen
 same_adapters own all # measuring changes nothing
 
