@@ -16,23 +16,14 @@
 
 enum { CHUNK = 256 };
 
-/* A chunk of m rows of blocks, [m r, in], seen as vectors of r in the order (row of blocks i, row in it a, block j),
- * and in the order (a, j, i): there each M_i is the block i of one product of blocks. */
-typedef struct bat_order {
-  struct bat_order *next;
-  int64_t in, m;
-  int32_t *turn, *back;
-} bat_order;
-
 typedef struct bat_site {
   int m;
-  const bat_order *order;
+  int64_t chunk; /* rows of blocks at a time */
 } bat_site;
 
 typedef struct bat_impl {
   esp_tensor eye[8]; /* [I_r I_r ...], [r, in], by width of the input */
   int n;
-  bat_order *orders;
 } bat_impl;
 
 static esp_tensor eye_of(const esp_adapter *a, int64_t in) {
@@ -77,34 +68,6 @@ static int64_t chunk_blocks(int64_t blocks, int64_t r) {
   return m;
 }
 
-static esp_status order_of(esp_adapter *a, int64_t in, int64_t m, const bat_order **out) {
-  esp_backend *be = esp_model_backend(a->model);
-  bat_impl *im = a->impl;
-  for (*out = im->orders; *out; *out = (*out)->next)
-    if ((*out)->in == in && (*out)->m == m) return ESP_OK;
-  bat_order *o = esp_arena_alloc(a->arena, sizeof *o);
-  int64_t r = a->cfg.r, j = in / r, n = m * in, bytes = n * (int64_t)sizeof(int32_t);
-  int32_t *turn = esp_mem_alloc(ESP_MEM_HOST, (size_t)(2 * bytes)), *back = turn + n;
-  esp_status st = o && turn ? ESP_OK : ESP_ERR_MEMORY;
-  if (st == ESP_OK) {
-    for (int64_t k = 0; k < n; k++) { /* k = (i r + a) j + block */
-      int64_t to = k % (r * j) * m + k / (r * j);
-      turn[to] = (int32_t)k;
-      back[k] = (int32_t)to;
-    }
-    *o = (bat_order){im->orders, in, m, be->ops->alloc(be, ESP_MEM_PARAMS, bytes),
-                     be->ops->alloc(be, ESP_MEM_PARAMS, bytes)};
-    *out = im->orders = o;
-    st = o->turn && o->back ? ESP_OK : esp_backend_why_null(be);
-  }
-  if (st == ESP_OK) {
-    be->ops->upload(be, o->turn, turn, bytes);
-    be->ops->upload(be, o->back, back, bytes);
-  }
-  esp_mem_free(turn);
-  return st;
-}
-
 static esp_status bat_declare(esp_adapter *a, esp_group *g, const bool *hit) {
   int64_t r = a->cfg.r;
   if (!a->impl && !(a->impl = esp_arena_alloc(a->arena, sizeof(bat_impl)))) return ESP_ERR_MEMORY;
@@ -120,7 +83,7 @@ static esp_status bat_declare(esp_adapter *a, esp_group *g, const bool *hit) {
     snprintf(name, sizeof name, ESP_PEFT_PREFIX "%s.miss_block", s->path);
     bs->m = esp_params_add(a->params, name, 3, (int64_t[]){s->out / r, r, r}, true);
     if (bs->m < 0) return ESP_ERR_MEMORY;
-    ESP_TRY(order_of(a, s->in, chunk_blocks(s->out / r, r), &bs->order));
+    bs->chunk = chunk_blocks(s->out / r, r);
     a->site_state[s->index] = bs;
   }
   return make_eye(a, g->in);
@@ -130,10 +93,6 @@ static void bat_destroy(esp_adapter *a) {
   esp_backend *be = esp_model_backend(a->model);
   bat_impl *im = a->impl;
   for (int i = 0; im && i < im->n; i++) be->ops->free(be, im->eye[i].data);
-  for (bat_order *o = im ? im->orders : NULL; o; o = o->next) {
-    if (o->turn) be->ops->free(be, o->turn);
-    if (o->back) be->ops->free(be, o->back);
-  }
 }
 
 /* [out, r]: the blocks stacked; which as in esp_params_stacked. */
@@ -143,31 +102,17 @@ static esp_tensor blocks_of(const esp_adapter *a, const esp_site *s, int which) 
   return esp_tensor_2d(t.data, t.dtype, s->out, a->cfg.r);
 }
 
-typedef struct bat_chunk { /* scratch */
-  int64_t rows;
-  esp_tensor w;            /* [rows, in] */
-  esp_tensor turned, work; /* [in, rows]: the base's blocks in the other order; W (I + M), then dW' in it */
-} bat_chunk;
-
-static bat_chunk take(const esp_adapter *a, esp_run *run, const esp_site *s) {
-  const bat_site *bs = a->site_state[s->index];
-  bat_chunk c = {.rows = bs->order->m * a->cfg.r};
-  c.w = esp_stack_tensor(run->stack, run->compute, c.rows, s->in);
-  c.turned = esp_stack_tensor(run->stack, run->compute, s->in, c.rows);
-  c.work = esp_stack_tensor(run->stack, run->compute, s->in, c.rows);
-  return c;
+/* Rows of W, m rows of blocks: all vectors of r in the first of them, then in the second, ... Each row of blocks is a
+ * group of one product of blocks. */
+static esp_tensor vectors(const esp_adapter *a, esp_tensor w, int64_t m) {
+  int64_t r = a->cfg.r;
+  return (esp_tensor){w.data, w.dtype, 3, {m, esp_tensor_numel(&w) / (m * r), r, 1}, r};
 }
 
-static void reorder(const esp_adapter *a, esp_run *run, esp_tensor y, esp_tensor x, const int32_t *order) {
-  int64_t r = a->cfg.r, n = esp_tensor_numel(&x) / r;
-  run->be->ops->gather_rows(run->be, esp_tensor_2d(y.data, y.dtype, n, r), esp_tensor_2d(x.data, x.dtype, n, r), order);
-}
-
-/* c.w = W (I + M) of a chunk; c.turned must hold its blocks. */
-static void chunk_weight(esp_adapter *a, esp_run *run, const bat_order *o, esp_tensor m, const bat_chunk *c) {
-  run->be->ops->axpby(run->be, c->work, 1.0f, c->turned, 0.0f);
-  run->be->ops->block_matmul(run->be, c->work, c->turned, m, (int)o->m, false, false, 1.0f, 1.0f);
-  reorder(a, run, c->w, c->work, o->back);
+/* out = W (I + M) of a chunk */
+static void chunk_weight(esp_adapter *a, esp_run *run, esp_tensor out, esp_tensor w, esp_tensor m, int64_t n) {
+  run->be->ops->axpby(run->be, out, 1.0f, w, 0.0f);
+  run->be->ops->block_matmul(run->be, vectors(a, out, n), vectors(a, w, n), m, (int)n, false, false, 1.0f, 1.0f);
 }
 
 /* The sum of the input's shards, [T, r]: what M alone is applied to. */
@@ -179,17 +124,15 @@ static esp_tensor shard_sum(esp_adapter *a, esp_run *run, esp_tensor x) {
 
 static void bat_forward(esp_adapter *a, esp_run *run, esp_site *s, const esp_wview *w, esp_tensor bias, esp_tensor x,
                         esp_tensor y) {
-  const bat_order *o = ((bat_site *)a->site_state[s->index])->order;
-  int64_t mark = esp_stack_mark(run->stack);
-  bat_chunk c = take(a, run, s);
+  int64_t mark = esp_stack_mark(run->stack), n = ((bat_site *)a->site_state[s->index])->chunk, rows = n * a->cfg.r;
+  esp_tensor c = esp_stack_tensor(run->stack, run->compute, rows, s->in);
   esp_tensor m = blocks_of(a, s, 0), t = shard_sum(a, run, x);
-  for (int64_t r0 = 0; r0 < s->out; r0 += c.rows) {
-    esp_tensor mc = esp_tensor_rows_view(&m, r0, c.rows), b = bias;
-    esp_wview v = {.out = c.rows, .in = s->in, .dense = c.w};
-    reorder(a, run, c.turned, esp_tensor_rows_view(&w->dense, r0, c.rows), o->turn);
-    chunk_weight(a, run, o, mc, &c);
-    if (b.data) b = esp_tensor_1d((char *)b.data + (size_t)r0 * esp_dtype_size(b.dtype), b.dtype, c.rows);
-    run->be->ops->linear(run->be, esp_tensor_cols_view(&y, r0, c.rows), x, &v, b, &(esp_tail){0, t, mc}, 1, 0.0f);
+  for (int64_t r0 = 0; r0 < s->out; r0 += rows) {
+    esp_tensor mc = esp_tensor_rows_view(&m, r0, rows), b = bias;
+    esp_wview v = {.out = rows, .in = s->in, .dense = c};
+    chunk_weight(a, run, c, esp_tensor_rows_view(&w->dense, r0, rows), mc, n);
+    if (b.data) b = esp_tensor_1d((char *)b.data + (size_t)r0 * esp_dtype_size(b.dtype), b.dtype, rows);
+    run->be->ops->linear(run->be, esp_tensor_cols_view(&y, r0, rows), x, &v, b, &(esp_tail){0, t, mc}, 1, 0.0f);
   }
   esp_stack_release(run->stack, mark);
 }
@@ -197,27 +140,25 @@ static void bat_forward(esp_adapter *a, esp_run *run, esp_site *s, const esp_wvi
 static void bat_backward(esp_adapter *a, esp_run *run, esp_site *s, const esp_wview *w, esp_tensor x, esp_tensor dy,
                          esp_tensor dx, float beta) {
   const esp_backend_ops *ops = run->be->ops;
-  const bat_order *o = ((bat_site *)a->site_state[s->index])->order;
-  int64_t mark = esp_stack_mark(run->stack);
-  bat_chunk c = take(a, run, s);
+  int64_t mark = esp_stack_mark(run->stack), n = ((bat_site *)a->site_state[s->index])->chunk, rows = n * a->cfg.r;
+  esp_tensor c = esp_stack_tensor(run->stack, run->compute, rows, s->in);
   esp_tensor m = blocks_of(a, s, 0), t = shard_sum(a, run, x), grad = m;
   if (a->trainable) {
     grad = blocks_of(a, s, 2);
     ops->matmul(run->be, grad, dy, true, t, false, 1.0f, 1.0f);
   }
   if (dx.data) ops->matmul(run->be, t, dy, false, m, false, 1.0f, 0.0f); /* from here on t is its gradient */
-  for (int64_t r0 = 0; r0 < s->out; r0 += c.rows) {
-    esp_tensor dyc = esp_tensor_cols_view(&dy, r0, c.rows);
-    esp_wview v = {.out = c.rows, .in = s->in, .dense = c.w};
-    reorder(a, run, c.turned, esp_tensor_rows_view(&w->dense, r0, c.rows), o->turn);
+  for (int64_t r0 = 0; r0 < s->out; r0 += rows) {
+    esp_tensor dyc = esp_tensor_cols_view(&dy, r0, rows), wc = esp_tensor_rows_view(&w->dense, r0, rows);
+    esp_wview v = {.out = rows, .in = s->in, .dense = c};
     if (dx.data) {
-      chunk_weight(a, run, o, esp_tensor_rows_view(&m, r0, c.rows), &c);
+      chunk_weight(a, run, c, wc, esp_tensor_rows_view(&m, r0, rows), n);
       ops->linear_dx(run->be, dx, dyc, &v, &(esp_tail){0, t, eye_of(a, s->in)}, r0 == 0, r0 > 0 ? 1.0f : beta);
     }
     if (!a->trainable) continue;
-    ops->matmul(run->be, c.w, dyc, true, x, false, 1.0f, 0.0f); /* dW' takes the place of W' */
-    reorder(a, run, c.work, c.w, o->turn);
-    ops->block_grad(run->be, esp_tensor_rows_view(&grad, r0, c.rows), c.turned, c.work, (int)o->m, false, 1.0f);
+    ops->matmul(run->be, c, dyc, true, x, false, 1.0f, 0.0f); /* dW' takes the place of W' */
+    ops->block_grad(run->be, esp_tensor_rows_view(&grad, r0, rows), vectors(a, wc, n), vectors(a, c, n), (int)n, false,
+                    1.0f);
   }
   esp_stack_release(run->stack, mark);
 }

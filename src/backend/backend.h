@@ -179,6 +179,23 @@ typedef struct esp_gate {
   float tau, threshold, scale;
 } esp_gate;
 
+/* The groups of block_matmul and block_grad: tokens, columns of one, elements from one to the next, one of them. */
+static inline int64_t esp_block_tokens(const esp_tensor *x) {
+  return x->ndim == 3 ? x->shape[1] : esp_tensor_rows(x);
+}
+static inline int64_t esp_block_width(const esp_tensor *x, int blocks) {
+  return x->ndim == 3 ? x->shape[2] : esp_tensor_cols(x) / blocks;
+}
+static inline int64_t esp_block_step(const esp_tensor *x, int blocks) {
+  return x->ndim == 3 ? x->shape[1] * x->shape[2] : esp_tensor_cols(x) / blocks;
+}
+static inline esp_tensor esp_block_of(const esp_tensor *x, int blocks, int64_t g) {
+  int64_t width = esp_block_width(x, blocks);
+  if (x->ndim != 3) return esp_tensor_cols_view(x, g * width, width);
+  char *data = (char *)x->data + (size_t)(g * x->shape[1] * width) * esp_dtype_size(x->dtype);
+  return esp_tensor_2d(data, x->dtype, x->shape[1], width);
+}
+
 typedef struct esp_backend_stats {
   double flops, bytes; /* floating-point operations; bytes read + written */
   int64_t launches;
@@ -269,9 +286,10 @@ typedef struct esp_backend_ops {
   void (*mul_rows)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v, float beta);
   void (*col_dot)(esp_backend *be, float *out, esp_tensor a, esp_tensor b);             /* out[j] += sum_t a b */
   void (*row_dot)(esp_backend *be, float *out, esp_tensor a, esp_tensor b, float beta); /* out[t] = sum_j a b + .. */
-  /* x [T, G*p], y [T, G*q], m: G blocks stacked by rows, [G*p, q], or [G*q, p] when `trans`; `shared`: one block for
-   * all. y_g = alpha x_g op(m_g) + beta y_g, so that dx = block_matmul(dy, m, !trans).  block_grad: dm_g += alpha x_g^T
-   * dy_g (fp32 dm [G*p, q]; summed over g when shared; of a transposed m: exchange x and dy). */
+  /* x [T, G*p], y [T, G*q], or either by groups, [G, T, p] without gaps (then not shared); m: G blocks stacked by rows,
+   * [G*p, q], or [G*q, p] when `trans`; `shared`: one block for all. y_g = alpha x_g op(m_g) + beta y_g, so that dx =
+   * block_matmul(dy, m, !trans).  block_grad: dm_g += alpha x_g^T dy_g (fp32 dm [G*p, q]; summed over g when shared; of
+   * a transposed m: exchange x and dy). */
   void (*block_matmul)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,
                        float alpha, float beta);
   void (*block_grad)(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared, float alpha);
@@ -284,7 +302,7 @@ typedef struct esp_backend_ops {
   void (*khatri_rao_bwd)(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z);
   /* y[t, r] += sum over the entries k of row r of value(k) x[t, index[k]]  (y [T, rows], x [T, columns]);  sparse_grad:
    * the gradient of value(k), where it lies, += sum_t dy[t, r] x[t, index[k]]. dx = sparse_matmul(dy) with the
-   * transpose. */
+   * transpose. Values may be rounded to bf16 where x and y are. */
   void (*sparse_matmul)(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s);
   void (*sparse_grad)(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s);
   /* y = scale * w * t where kept, else 0; columns between the runs are left alone. Backward takes what is kept as a

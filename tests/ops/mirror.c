@@ -56,6 +56,7 @@ static void use(call *c, const void *host, int64_t bytes, bool written) {
 static int64_t span(const esp_tensor *t) {
   int64_t rows = esp_tensor_rows(t), cols = esp_tensor_cols(t);
   if (rows == 0 || cols == 0) return 0;
+  if (t->ndim == 3) return esp_tensor_bytes(t); /* by groups, without gaps */
   return ((rows - 1) * t->ld + cols) * (int64_t)esp_dtype_size(t->dtype);
 }
 static void reads(call *c, esp_tensor t) {

@@ -322,13 +322,13 @@ static void row_dot(esp_backend *be, float *out, esp_tensor a, esp_tensor b, flo
 }
 static void block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,
                          float alpha, float beta) {
-  add(be, 2 * numel(y) * (double)(esp_tensor_cols(&x) / blocks),
+  add(be, 2 * numel(y) * (double)esp_block_width(&x, blocks),
       bytes_of(x) + bytes_of(m) + bytes_of(y) * (beta != 0 ? 2 : 1));
   if (models_cuda(be)) {
     work(be, esp_cuda_need_block_matmul(y, x, m, blocks, shared, trans));
     return;
   }
-  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&y) / blocks;
+  int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&y, blocks);
   if (esp_cpu_block_small(p, q, blocks)) {
     work(be, esp_cpu_work_block_matmul(p, q, blocks, shared));
     return;
@@ -339,12 +339,12 @@ static void block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor
 }
 static void block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
                        float alpha) {
-  add(be, 2 * numel(x) * (double)(esp_tensor_cols(&dy) / blocks), bytes_of(x) + bytes_of(dy) + 2 * bytes_of(dm));
+  add(be, 2 * numel(x) * (double)esp_block_width(&dy, blocks), bytes_of(x) + bytes_of(dy) + 2 * bytes_of(dm));
   if (models_cuda(be)) {
     work(be, esp_cuda_need_block_grad(dm, x, dy, blocks, shared));
     return;
   }
-  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&dy) / blocks;
+  int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&dy, blocks);
   if (!shared && esp_cpu_block_small(p, q, blocks)) return; /* sums stay with their threads */
   esp_gemm_need old = products_begin(be);
   esp_cpu_block_grad(be, dm, x, dy, blocks, shared, alpha);
@@ -368,14 +368,20 @@ static void khatri_rao_bwd(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_te
 static double csr_bytes(const esp_csr *s) {
   return 4 * (double)s->rows + (s->order ? 12 : 8) * (double)s->entries;
 }
+static void sparse_on_cpu(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s, float *grad) {
+  work(be, esp_cpu_work_sparse(&y, &x, s, grad != NULL));
+  if (!esp_cpu_sparse_dense(&y, &x, s)) return;
+  esp_gemm_need old = products_begin(be);
+  esp_cpu_sparse_products(be, y, x, s, grad, NULL, true);
+  products_end(be, old);
+}
 static void sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s) {
   if (models_cuda(be)) work(be, esp_cuda_need_sparse_matmul(x));
-  if (!models_cuda(be)) work(be, esp_cpu_work_sparse(esp_tensor_cols(&x)));
+  if (!models_cuda(be)) sparse_on_cpu(be, y, x, s, NULL);
   add(be, 2 * (double)esp_tensor_rows(&x) * (double)s->entries, bytes_of(x) + 2 * bytes_of(y) + csr_bytes(s));
 }
 static void sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s) {
-  (void)dvalues;
-  if (!models_cuda(be)) work(be, esp_cpu_work_sparse(esp_tensor_cols(&x)));
+  if (!models_cuda(be)) sparse_on_cpu(be, dy, x, s, dvalues);
   if (models_cuda(be)) work(be, esp_cuda_need_sparse_grad(dy, x));
   add(be, 2 * (double)esp_tensor_rows(&x) * (double)s->entries,
       bytes_of(x) + bytes_of(dy) + csr_bytes(s) + 4 * (double)s->entries);

@@ -75,7 +75,7 @@ void esp_amx_block_matmul(const esp_amx_blocks *o, int64_t r0, int64_t r1, int64
     const uint16_t *m = o->m + g * o->to_next;
     for (int64_t r = r0; r < r1; r += SIDE) {
       int64_t n = r1 - r < SIDE ? r1 - r : SIDE, stride = o->x.ld * 2;
-      const uint16_t *x = (const uint16_t *)esp_row(&o->x, r) + g * p;
+      const uint16_t *x = (const uint16_t *)esp_row(&o->x, r) + g * o->x_step;
       if (n < SIDE) {
         for (int64_t t = 0; t < n; t++) memcpy(pad + t * (pad_row / 2), x + t * o->x.ld, (size_t)p * 2);
         x = pad, stride = pad_row;
@@ -92,7 +92,7 @@ void esp_amx_block_matmul(const esp_amx_blocks *o, int64_t r0, int64_t r1, int64
         TILE_LOAD(7, b + (deep - 1) * TILE, tile_row);
         TILE_DOT(0, 5, 7);
         TILE_STORE(0, sum, tile_row);
-        for (int64_t t = 0; t < n; t++) put(o, r + t, g * q + j, sum + t * SIDE);
+        for (int64_t t = 0; t < n; t++) put(o, r + t, g * o->y_step + j, sum + t * SIDE);
       }
     }
   }
@@ -136,21 +136,21 @@ INLINE void turn16(__m512i *r) { /* 16 x 16 words, as in attention_amx.c */
 static void grad_corner(const esp_amx_blocks *o, int64_t g, int64_t i0, int64_t j0) {
   __m512i a[2][SIDE], b[2][SIDE];
   float sum[SIDE * SIDE] __attribute__((aligned(64)));
-  int64_t tokens = esp_tensor_rows(&o->x), tile_row = 64, q = o->q;
+  int64_t tokens = esp_block_tokens(&o->x), tile_row = 64, q = o->q;
   bool lower = i0 + SIDE < o->p, right = j0 + SIDE < q;
   TILE_ZERO(0);
   TILE_ZERO(1);
   TILE_ZERO(2);
   TILE_ZERO(3);
   for (int64_t t = 0; t < tokens; t += DEEP) {
-    pairs(a[0], &o->x, t, tokens, g * o->p + i0);
+    pairs(a[0], &o->x, t, tokens, g * o->x_step + i0);
     turn16(a[0]);
-    pairs(b[0], &o->y, t, tokens, g * q + j0);
+    pairs(b[0], &o->y, t, tokens, g * o->y_step + j0);
     if (lower) {
-      pairs(a[1], &o->x, t, tokens, g * o->p + i0 + SIDE);
+      pairs(a[1], &o->x, t, tokens, g * o->x_step + i0 + SIDE);
       turn16(a[1]);
     }
-    if (right) pairs(b[1], &o->y, t, tokens, g * q + j0 + SIDE);
+    if (right) pairs(b[1], &o->y, t, tokens, g * o->y_step + j0 + SIDE);
     TILE_LOAD(4, a[0], tile_row);
     TILE_LOAD(6, b[0], tile_row);
     TILE_DOT(0, 4, 6);

@@ -8,6 +8,7 @@ typedef struct esp_amx_blocks {
   esp_tensor x, y, dm; /* x bf16; y: dy of a gradient, bf16 there; dm fp32 */
   const uint16_t *m;   /* packed blocks, `to_next` elements apart */
   int64_t to_next, p, q;
+  int64_t x_step, y_step; /* elements from a group of x and of y to the next */
   float alpha, beta;
 } esp_amx_blocks;
 

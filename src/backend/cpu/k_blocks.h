@@ -36,21 +36,26 @@ INLINE void block_columns(const esp_block_part *o, const float (*x)[ESP_BLOCK_ME
     }
 }
 
+/* Columns of group g: the last merged block may be short. */
+INLINE int64_t group_cols(const esp_tensor *x, int64_t g, int64_t p) {
+  int64_t left = x->ndim == 3 ? p : esp_tensor_cols(x) - g * p;
+  return left < p ? left : p;
+}
+
 static void k_block_matmul(const esp_block_part *o, int64_t r0, int64_t r1, int64_t g0, int64_t g1) {
   float x[8][ESP_BLOCK_MERGED];
-  int64_t in = esp_tensor_cols(&o->x), out = esp_tensor_cols(&o->y);
   for (int64_t g = g0; g < g1; g++) {
-    int64_t pn = in - g * o->p < o->p ? in - g * o->p : o->p, qn = out - g * o->q < o->q ? out - g * o->q : o->q;
+    int64_t pn = group_cols(&o->x, g, o->p), qn = group_cols(&o->y, g, o->q);
     const float *m = o->m + g * o->to_next;
     for (int64_t r = r0; r < r1; r += 8) {
       int n = (int)(r1 - r < 8 ? r1 - r : 8);
-      for (int t = 0; t < 8; t++) widen(x[t], &o->x, t < n ? r + t : r, g * o->p, pn);
+      for (int t = 0; t < 8; t++) widen(x[t], &o->x, t < n ? r + t : r, g * o->x_step, pn);
       int64_t j = 0;
       for (; qn - j > VL; j += 2 * VL) {
-        block_columns(o, x, m + j, r, n < 4 ? n : 4, pn, g * o->q + j, qn - j, 4, 2);
-        if (n > 4) block_columns(o, x + 4, m + j, r + 4, n - 4, pn, g * o->q + j, qn - j, 4, 2);
+        block_columns(o, x, m + j, r, n < 4 ? n : 4, pn, g * o->y_step + j, qn - j, 4, 2);
+        if (n > 4) block_columns(o, x + 4, m + j, r + 4, n - 4, pn, g * o->y_step + j, qn - j, 4, 2);
       }
-      if (j < qn) block_columns(o, x, m + j, r, n, pn, g * o->q + j, qn - j, 8, 1);
+      if (j < qn) block_columns(o, x, m + j, r, n, pn, g * o->y_step + j, qn - j, 8, 1);
     }
   }
 }
@@ -81,15 +86,22 @@ INLINE void grad_columns(float (*sum)[GRAD_LD], const float (*x)[GRAD_LD], const
 static void grad_groups(const esp_block_part *o, int64_t g0, int64_t g1) {
   float x[GRAD_TOKENS][GRAD_LD] __attribute__((aligned(64))), dy[GRAD_TOKENS][GRAD_LD] __attribute__((aligned(64)));
   float sum[ESP_BLOCK_SMALL][GRAD_LD] __attribute__((aligned(64)));
-  int64_t p = o->p, q = o->q, rows = esp_tensor_rows(&o->x), p4 = (p + 3) & ~(int64_t)3;
+  int64_t p = o->p, q = o->q, rows = esp_block_tokens(&o->x), p4 = (p + 3) & ~(int64_t)3;
   memset(x, 0, sizeof x);
   memset(dy, 0, sizeof dy);
   memset(sum, 0, sizeof sum);
   for (int64_t r = 0; r < rows; r += GRAD_TOKENS) {
     int64_t n = rows - r < GRAD_TOKENS ? rows - r : GRAD_TOKENS;
     for (int64_t t = 0; t < n; t++) {
-      widen(x[t], &o->x, r + t, g0 * p, (g1 - g0) * p);
-      widen(dy[t], &o->y, r + t, g0 * q, (g1 - g0) * q);
+      if (o->x_step == p && o->y_step == q) {
+        widen(x[t], &o->x, r + t, g0 * p, (g1 - g0) * p);
+        widen(dy[t], &o->y, r + t, g0 * q, (g1 - g0) * q);
+      } else {
+        for (int64_t g = g0; g < g1; g++) {
+          widen(x[t] + (g - g0) * p, &o->x, r + t, g * o->x_step, p);
+          widen(dy[t] + (g - g0) * q, &o->y, r + t, g * o->y_step, q);
+        }
+      }
     }
     for (int64_t g = 0; g < g1 - g0; g++)
       for (int64_t i = 0; i < p; i += 4) {

@@ -26,6 +26,7 @@ typedef struct esp_block_part {
   esp_tensor x, y, dm; /* y: dy of a gradient */
   const float *m;      /* [p, ld] of the first block, zeros beyond q */
   int64_t to_next, ld, p, q;
+  int64_t x_step, y_step; /* elements from a group of x and of y to the next */
   float alpha, beta;
 } esp_block_part;
 

@@ -46,6 +46,10 @@ void esp_cpu_rank_gate(esp_backend *be, esp_tensor y, esp_tensor x, const esp_ga
 void esp_cpu_rank_gate_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g);
 void esp_cpu_khatri_rao_bwd(esp_backend *be, esp_tensor dx, esp_tensor dz, esp_tensor dy, esp_tensor x, esp_tensor z);
 void esp_cpu_sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s);
+/* The products of a matrix that is taken as dense (work.h), of a gradient where grad is not NULL. dry: they alone, for
+ * what they need (gemm.h). */
+void esp_cpu_sparse_products(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s, float *grad, void *scratch,
+                             bool dry);
 void esp_cpu_sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s);
 
 #endif

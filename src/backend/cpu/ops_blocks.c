@@ -44,7 +44,7 @@ static void pack_part(const void *op, const esp_kernels *k, int64_t a, int64_t b
 
 static void matmul_part(const void *op, const esp_kernels *k, int64_t a, int64_t b) {
   const block_op *o = op;
-  int64_t across = (o->n + o->groups - 1) / o->groups, rows = esp_tensor_rows(&o->part.y);
+  int64_t across = (o->n + o->groups - 1) / o->groups, rows = esp_block_tokens(&o->part.y);
   for (int64_t c = a; c < b; c++) {
     int64_t r0 = c / across * BLOCK_ROWS, g0 = c % across * o->groups;
     int64_t r1 = r0 + BLOCK_ROWS < rows ? r0 + BLOCK_ROWS : rows, g1 = g0 + o->groups < o->n ? g0 + o->groups : o->n;
@@ -73,7 +73,7 @@ static void pack_tiles_part(const void *op, const esp_kernels *k, int64_t a, int
 static void tiles_part(const void *op, const esp_kernels *k, int64_t a, int64_t b) {
   (void)k;
   const tiles_op *o = op;
-  int64_t across = (o->n + o->groups - 1) / o->groups, rows = esp_tensor_rows(&o->part.y);
+  int64_t across = (o->n + o->groups - 1) / o->groups, rows = esp_block_tokens(&o->part.y);
   for (int64_t c = a; c < b; c++) {
     int64_t r0 = c / across * BLOCK_ROWS, g0 = c % across * o->groups;
     int64_t r1 = r0 + BLOCK_ROWS < rows ? r0 + BLOCK_ROWS : rows, g1 = g0 + o->groups < o->n ? g0 + o->groups : o->n;
@@ -82,15 +82,16 @@ static void tiles_part(const void *op, const esp_kernels *k, int64_t a, int64_t 
 }
 static void matmul_tiles(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,
                          float alpha, float beta) {
-  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&y) / blocks, size = esp_amx_block_elements(p, q);
+  int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&y, blocks), size = esp_amx_block_elements(p, q);
   if (be->sticky != ESP_OK || esp_tensor_numel(&y) == 0) return;
   tiles_op o = {.m = m, .trans = trans, .n = blocks, .groups = 1 + BLOCK_COLUMNS / q};
   o.part = (esp_amx_blocks){.x = x, .y = y, .p = p, .q = q, .alpha = alpha, .beta = beta};
   o.part.to_next = shared ? 0 : size;
+  o.part.x_step = esp_block_step(&x, blocks), o.part.y_step = esp_block_step(&y, blocks);
   o.part.m = o.packed = esp_cpu_work(be, esp_cpu_work_block_matmul(p, q, blocks, shared));
   if (!o.packed) return;
   esp_split(be, shared ? 1 : blocks, esp_row_step(size), &o, pack_tiles_part);
-  int64_t across = (o.n + o.groups - 1) / o.groups, down = (esp_tensor_rows(&y) + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  int64_t across = (o.n + o.groups - 1) / o.groups, down = (esp_block_tokens(&y) + BLOCK_ROWS - 1) / BLOCK_ROWS;
   esp_split(be, across * down, 1, &o, tiles_part);
 }
 static void grad_tiles_part(const void *op, const esp_kernels *k, int64_t g0, int64_t g1) {
@@ -102,18 +103,20 @@ static void matmul_small(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor
                          float alpha, float beta) {
   if (be->sticky != ESP_OK || esp_tensor_numel(&y) == 0) return;
   block_op o = {.m = m, .blocks = blocks, .shared = shared, .trans = trans};
-  o.p = esp_tensor_cols(&x) / blocks;
-  o.q = esp_tensor_cols(&y) / blocks;
-  o.merged = esp_cpu_block_merge(o.q, blocks);
+  o.p = esp_block_width(&x, blocks);
+  o.q = esp_block_width(&y, blocks);
+  o.merged = x.ndim == 3 || y.ndim == 3 ? 1 : esp_cpu_block_merge(o.q, blocks);
   o.n = (blocks + o.merged - 1) / o.merged;
   o.part = (esp_block_part){.x = x, .y = y, .p = o.p * o.merged, .q = o.q * o.merged, .alpha = alpha, .beta = beta};
+  o.part.x_step = x.ndim == 3 ? esp_block_step(&x, blocks) : o.part.p;
+  o.part.y_step = y.ndim == 3 ? esp_block_step(&y, blocks) : o.part.q;
   o.part.ld = esp_cpu_block_ld(o.q, o.merged);
   o.part.to_next = shared ? 0 : o.part.p * o.part.ld;
   o.part.m = o.packed = esp_cpu_work(be, esp_cpu_work_block_matmul(o.p, o.q, blocks, shared));
   if (!o.packed) return;
   esp_split(be, shared ? 1 : o.n, esp_row_step(o.part.p * o.part.ld), &o, pack_part);
   o.groups = 1 + BLOCK_COLUMNS / o.part.q;
-  int64_t across = (o.n + o.groups - 1) / o.groups, down = (esp_tensor_rows(&y) + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  int64_t across = (o.n + o.groups - 1) / o.groups, down = (esp_block_tokens(&y) + BLOCK_ROWS - 1) / BLOCK_ROWS;
   esp_split(be, across * down, 1, &o, matmul_part);
 }
 
@@ -127,9 +130,9 @@ static esp_tensor as_rows(esp_tensor t, int blocks) {
 
 void esp_cpu_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared,
                           bool trans, float alpha, float beta) {
-  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&y) / blocks, rows = trans ? q : p;
+  int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&y, blocks), rows = trans ? q : p;
   assert(esp_tensor_rows(&m) == (shared ? rows : rows * blocks) && esp_tensor_cols(&m) == (trans ? p : q));
-  assert(esp_tensor_rows(&y) == esp_tensor_rows(&x));
+  assert(esp_block_tokens(&y) == esp_block_tokens(&x) && !(shared && (x.ndim == 3 || y.ndim == 3)));
   if (esp_cpu_block_small(p, q, blocks) && by_tiles(&x, &m, p, q)) {
     matmul_tiles(be, y, x, m, blocks, shared, trans, alpha, beta);
     return;
@@ -143,7 +146,7 @@ void esp_cpu_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tenso
     return;
   }
   for (int g = 0; g < blocks; g++)
-    esp_cpu_matmul(be, esp_tensor_cols_view(&y, g * q, q), esp_tensor_cols_view(&x, g * p, p), false,
+    esp_cpu_matmul(be, esp_block_of(&y, blocks, g), esp_block_of(&x, blocks, g), false,
                    esp_tensor_rows_view(&m, shared ? 0 : g * rows, rows), trans, alpha, beta);
 }
 
@@ -152,15 +155,18 @@ static void grad_part(const void *op, const esp_kernels *k, int64_t g0, int64_t 
 }
 void esp_cpu_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
                         float alpha) {
-  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&dy) / blocks;
+  int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&dy, blocks);
+  int64_t x_step = esp_block_step(&x, blocks), y_step = esp_block_step(&dy, blocks);
   assert(dm.dtype == ESP_F32 && esp_tensor_rows(&dm) == (shared ? p : p * blocks) && esp_tensor_cols(&dm) == q);
   if (!shared && esp_cpu_block_small(p, q, blocks) && by_tiles(&x, &dy, p, q)) {
     esp_amx_blocks part = {.x = x, .y = dy, .dm = dm, .p = p, .q = q, .alpha = alpha};
+    part.x_step = x_step, part.y_step = y_step;
     esp_split(be, blocks, ESP_CHUNK_COLS / (p > q ? p : q), &part, grad_tiles_part);
     return;
   }
   if (!shared && esp_cpu_block_small(p, q, blocks)) {
     esp_block_part part = {.x = x, .y = dy, .dm = dm, .p = p, .q = q, .alpha = alpha};
+    part.x_step = x_step, part.y_step = y_step;
     esp_split(be, blocks, ESP_CHUNK_COLS / (p > q ? p : q), &part, grad_part);
     return;
   }
@@ -169,8 +175,8 @@ void esp_cpu_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor
     return;
   }
   for (int g = 0; g < blocks; g++)
-    esp_cpu_matmul(be, esp_tensor_rows_view(&dm, shared ? 0 : g * p, p), esp_tensor_cols_view(&x, g * p, p), true,
-                   esp_tensor_cols_view(&dy, g * q, q), false, alpha, 1.0f);
+    esp_cpu_matmul(be, esp_tensor_rows_view(&dm, shared ? 0 : g * p, p), esp_block_of(&x, blocks, g), true,
+                   esp_block_of(&dy, blocks, g), false, alpha, 1.0f);
 }
 
 typedef struct inverse_op {

@@ -8,10 +8,9 @@
 
 typedef struct kind_op {
   esp_tensor y, a, b, dx, dz;
-  float *out, *grad;
+  float *out;
   float beta;
   int64_t p, q;
-  const esp_csr *s;
 } kind_op;
 
 static void mul_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
@@ -173,39 +172,4 @@ void esp_cpu_rank_gate_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_te
   assert(esp_tensor_rows(&dx) == esp_tensor_rows(&x) && gate_fits(x, g) && gate_fits(dx, g) && gate_fits(dy, g));
   gate_op o = {.y = dx, .x = x, .dy = dy, .g = g};
   esp_split(be, esp_tensor_rows(&dx), esp_row_step(8 * g->parts * g->width), &o, rank_gate_bwd_part);
-}
-
-/* ---- sparse matrices: block after block of tokens, first turned into columns, then row by row of the matrix ---- */
-static void by_column_part(const void *op, const esp_kernels *k, int64_t c0, int64_t c1) {
-  const kind_op *o = op;
-  k->by_column(o->out, o->a, c0, c1);
-}
-static void sparse_rows_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
-  const kind_op *o = op;
-  k->sparse_rows(o->y, o->out, o->s, r0, r1);
-}
-static void sparse_dots_part(const void *op, const esp_kernels *k, int64_t r0, int64_t r1) {
-  const kind_op *o = op;
-  k->sparse_dots(o->grad, o->y, o->out, o->s, r0, r1);
-}
-
-static void sparse_blocks(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s, float *grad, esp_range_fn fn) {
-  assert(esp_tensor_cols(&y) == s->rows && esp_tensor_rows(&y) == esp_tensor_rows(&x));
-  int64_t tokens = esp_tensor_rows(&x), cols = esp_tensor_cols(&x);
-  kind_op o = {.s = s, .grad = grad, .out = esp_cpu_work(be, esp_cpu_work_sparse(cols))};
-  if (!o.out) return;
-  int64_t per_row = s->entries / (s->rows > 0 ? s->rows : 1) + 8, step = 1 + ESP_CHUNK_ELEMENTS / (per_row * 8);
-  for (int64_t t = 0; t < tokens; t += ESP_SPARSE_BLOCK) {
-    int64_t n = tokens - t < ESP_SPARSE_BLOCK ? tokens - t : ESP_SPARSE_BLOCK;
-    o.a = esp_tensor_rows_view(&x, t, n);
-    o.y = esp_tensor_rows_view(&y, t, n);
-    esp_split(be, cols, ESP_CHUNK_ELEMENTS / ESP_SPARSE_BLOCK, &o, by_column_part);
-    esp_split(be, s->rows, step, &o, fn);
-  }
-}
-void esp_cpu_sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s) {
-  sparse_blocks(be, y, x, s, NULL, sparse_rows_part);
-}
-void esp_cpu_sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tensor x, const esp_csr *s) {
-  sparse_blocks(be, dy, x, s, dvalues, sparse_dots_part);
 }

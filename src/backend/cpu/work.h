@@ -4,6 +4,7 @@
 #define ESP_BACKEND_CPU_WORK_H
 
 #include "backend/cpu/kernels.h"
+#include "core/cpu.h"
 #include "core/threads.h"
 
 /* Query heads whose fp32 dK, dV are alive at a time in attention's backward pass: whole groups, about 16. */
@@ -23,8 +24,16 @@ int64_t esp_cpu_work_attn_bwd(const esp_attn_args *a);
 static inline int64_t esp_cpu_work_decode(const esp_decode_args *a) {
   return (a->max_len + 15) / 16 * 64 * esp_threads_count();
 }
-static inline int64_t esp_cpu_work_sparse(int64_t cols) {
-  return cols * ESP_SPARSE_BLOCK * (int64_t)sizeof(float);
+/* ops_sparse.c: whether through dense rows, and so many of them at a time. */
+enum { ESP_SPARSE_ROWS = 256 };
+static inline bool esp_cpu_sparse_dense(const esp_tensor *y, const esp_tensor *x, const esp_csr *s) {
+  return esp_cpu_isa() == ESP_ISA_AMX && esp_is_b(y) && esp_is_b(x) && esp_tensor_rows(x) >= 32 &&
+         s->entries * 25 > s->rows * esp_tensor_cols(x);
+}
+static inline int64_t esp_cpu_work_sparse(const esp_tensor *y, const esp_tensor *x, const esp_csr *s, bool grad) {
+  int64_t cols = esp_tensor_cols(x);
+  if (!esp_cpu_sparse_dense(y, x, s)) return cols * ESP_SPARSE_BLOCK * (int64_t)sizeof(float);
+  return (s->rows < ESP_SPARSE_ROWS ? s->rows : (int64_t)ESP_SPARSE_ROWS) * cols * (grad ? 4 : 2);
 }
 static inline int64_t esp_cpu_work_ce(int64_t rows) {
   return (rows + 3) / 4 * 64; /* loss and hit of each row */

@@ -17,7 +17,7 @@ enum {
 /* How a call is cut: a tile is `groups` blocks of q columns each, or `width` columns of one block; of the contraction
  * `depth` at a time. */
 struct blocks_cut {
-  int64_t tokens, p, q;
+  int64_t tokens, p, q, x_step, y_step;    /* steps: elements from a group to the next */
   int blocks, groups, width, depth, along; /* along: tiles of one block's columns */
   bool shared, trans;
 };
@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_tokens(float *xs, const esp_view<T> &x, con
     float v[N];
 #pragma unroll
     for (int k = 0; k < N; k++) v[k] = 0.0f;
-    if (t0 + t < c.tokens) x.load(v, t0 + t, (g0 + g) * c.p + p0 + i);
+    if (t0 + t < c.tokens) x.load(v, t0 + t, (g0 + g) * c.x_step + p0 + i);
 #pragma unroll
     for (int k = 0; k < N; k++) xs[(g * c.depth + i + k) * X_LD + t] = v[k];
   }
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(256) blocks_kernel(esp_view<T> y, esp_view<T> 
     const int per_group = jn / N, all = gn * per_group;
     for (int e = static_cast<int>(threadIdx.x); e < all * TOKENS; e += 256) {
       int at = e % all, t = e / all, group = at / per_group, k0 = at % per_group * N;
-      int64_t row = tile * TOKENS + t, column = (g0 + group) * c.q + j0 + k0;
+      int64_t row = tile * TOKENS + t, column = (g0 + group) * c.y_step + j0 + k0;
       if (row >= c.tokens) continue;
       float v[N];
 #pragma unroll
@@ -137,9 +137,11 @@ esp_access blocks_access(const esp_tensor &a, const esp_tensor &b, int64_t p, in
 
 void esp_cuda_blocks_own(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,
                          float alpha, float beta) {
-  blocks_cut c = {esp_tensor_rows(&x),
-                  esp_tensor_cols(&x) / blocks,
-                  esp_tensor_cols(&y) / blocks,
+  blocks_cut c = {esp_block_tokens(&x),
+                  esp_block_width(&x, blocks),
+                  esp_block_width(&y, blocks),
+                  esp_block_step(&x, blocks),
+                  esp_block_step(&y, blocks),
                   blocks,
                   1,
                   0,
@@ -177,12 +179,12 @@ enum { GRAD_TILE = 64, GRAD_THREADS = 256 };
 /* A block of threads sums one slice of the tokens for `groups` blocks, or for one tile of at most 64 x 64 of one block;
  * each thread 4 x 4 of them. */
 struct grad_cut {
-  int64_t tokens, per_slice, p, q;
+  int64_t tokens, per_slice, p, q, x_step, y_step;
   int blocks, groups, pt, qt, down, along; /* pt, qt: the tile, multiples of 4; down, along: tiles of one block */
 };
 
 template <class T, int N>
-__device__ __forceinline__ void load_rows(float *to, int ld, const esp_view<T> &x, int64_t g0, int gn, int64_t width,
+__device__ __forceinline__ void load_rows(float *to, int ld, const esp_view<T> &x, int64_t g0, int gn, int64_t step,
                                           int64_t i0, int in, int tile, int64_t t0, int64_t end) {
   const int per_group = in / N, all = gn * per_group;
   for (int e = static_cast<int>(threadIdx.x); e < all * TOKENS; e += GRAD_THREADS) {
@@ -190,7 +192,7 @@ __device__ __forceinline__ void load_rows(float *to, int ld, const esp_view<T> &
     float v[N];
 #pragma unroll
     for (int k = 0; k < N; k++) v[k] = 0.0f;
-    if (t0 + t < end) x.load(v, t0 + t, (g0 + g) * width + i0 + i);
+    if (t0 + t < end) x.load(v, t0 + t, (g0 + g) * step + i0 + i);
 #pragma unroll
     for (int k = 0; k < N; k++) to[t * ld + g * tile + i + k] = v[k];
   }
@@ -220,8 +222,8 @@ __global__ void __launch_bounds__(GRAD_THREADS)
     for (int b = 0; b < 4; b++) acc[a][b] = 0.0f;
   for (int64_t t0 = begin; t0 < end; t0 += TOKENS) {
     __syncthreads();
-    load_rows<T, N>(xs, x_ld, x, g0, gn, c.p, i0, in, c.pt, t0, end);
-    load_rows<T, N>(ds, d_ld, dy, g0, gn, c.q, j0, jn, c.qt, t0, end);
+    load_rows<T, N>(xs, x_ld, x, g0, gn, c.x_step, i0, in, c.pt, t0, end);
+    load_rows<T, N>(ds, d_ld, dy, g0, gn, c.y_step, j0, jn, c.qt, t0, end);
     __syncthreads();
     if (mine)
       for (int t = 0; t < TOKENS; t++) {
@@ -261,8 +263,18 @@ int round4(int64_t n) {
 
 void esp_cuda_block_grad_own(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
                              float alpha) {
-  grad_cut c = {
-      esp_tensor_rows(&x), 0, esp_tensor_cols(&x) / blocks, esp_tensor_cols(&dy) / blocks, blocks, 1, 0, 0, 0, 0};
+  grad_cut c = {esp_block_tokens(&x),
+                0,
+                esp_block_width(&x, blocks),
+                esp_block_width(&dy, blocks),
+                esp_block_step(&x, blocks),
+                esp_block_step(&dy, blocks),
+                blocks,
+                1,
+                0,
+                0,
+                0,
+                0};
   int64_t slices = esp_cuda_block_grad_slices(c.tokens, blocks, c.p, c.q);
   c.per_slice = (c.tokens + slices - 1) / slices;
   c.pt = c.p < GRAD_TILE ? round4(c.p) : GRAD_TILE;

@@ -1,6 +1,6 @@
 /* matmul_blocks.c: block_matmul and block_grad of the op table: as one product, as a batch of cuBLASLt, or by the own
- * kernels (blocks.cu); need_kinds.h says when. In a batch the blocks' columns lie beside each other within the rows of
- * one tensor: the distance from one matrix to the next is p or q, below that of their rows. */
+ * kernels (blocks.cu); need_kinds.h says when. In a batch the blocks' columns may lie beside each other within the rows
+ * of one tensor: the distance from one matrix to the next is p or q, below that of their rows. */
 #include <assert.h>
 #include <nvtx3/nvToolsExt.h>
 #include <string.h>
@@ -54,9 +54,9 @@ static void run_batch(esp_backend *be, const char *name, int batch, const batch_
 
 void esp_cuda_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared,
                            bool trans, float alpha, float beta) {
-  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&y) / blocks, rows = trans ? q : p;
+  int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&y, blocks), rows = trans ? q : p;
   assert(esp_tensor_rows(&m) == (shared ? rows : rows * blocks) && esp_tensor_cols(&m) == (trans ? p : q));
-  assert(esp_tensor_rows(&y) == esp_tensor_rows(&x));
+  assert(esp_block_tokens(&y) == esp_block_tokens(&x) && !(shared && (x.ndim == 3 || y.ndim == 3)));
   if (be->sticky != ESP_OK || esp_tensor_numel(&y) == 0) return;
   switch (esp_cuda_blocks_way_of(&x, &y, m.dtype, y.dtype, blocks, shared)) {
   case ESP_BLOCKS_AS_ONE:
@@ -64,9 +64,9 @@ void esp_cuda_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tens
                        alpha, beta);
     break;
   case ESP_BLOCKS_BATCH: {
-    batch_product b = {.c = esp_tensor_cols_view(&y, 0, q), .a = esp_tensor_cols_view(&x, 0, p), .trans_b = trans};
+    batch_product b = {.c = esp_block_of(&y, blocks, 0), .a = esp_block_of(&x, blocks, 0), .trans_b = trans};
     b.b = esp_tensor_rows_view(&m, 0, rows);
-    b.to_c = q, b.to_a = p, b.to_b = rows * m.ld;
+    b.to_c = esp_block_step(&y, blocks), b.to_a = esp_block_step(&x, blocks), b.to_b = rows * m.ld;
     b.alpha = alpha, b.beta = beta;
     run_batch(be, "block_matmul", blocks, &b);
     break;
@@ -78,18 +78,19 @@ void esp_cuda_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tens
 
 void esp_cuda_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, bool shared,
                          float alpha) {
-  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&dy) / blocks;
-  assert(dm.dtype == ESP_F32 && esp_tensor_rows(&dm) == (shared ? p : p * blocks) && esp_tensor_cols(&dm) == q);
-  if (be->sticky != ESP_OK || esp_tensor_numel(&dm) == 0 || esp_tensor_rows(&x) == 0) return;
+  int64_t p = esp_block_width(&x, blocks);
+  assert(dm.dtype == ESP_F32 && esp_tensor_rows(&dm) == (shared ? p : p * blocks) &&
+         esp_tensor_cols(&dm) == esp_block_width(&dy, blocks));
+  if (be->sticky != ESP_OK || esp_tensor_numel(&dm) == 0 || esp_block_tokens(&x) == 0) return;
   switch (esp_cuda_blocks_way_of(&x, &dy, dy.dtype, dm.dtype, blocks, shared)) {
   case ESP_BLOCKS_AS_ONE:
     esp_cuda_matmul_op(be, dm, esp_cuda_blocks_as_rows(x, blocks), true, esp_cuda_blocks_as_rows(dy, blocks), false,
                        alpha, 1.0f);
     break;
   case ESP_BLOCKS_BATCH: {
-    batch_product b = {.c = esp_tensor_rows_view(&dm, 0, p), .a = esp_tensor_cols_view(&x, 0, p), .trans_a = true};
-    b.b = esp_tensor_cols_view(&dy, 0, q);
-    b.to_c = p * dm.ld, b.to_a = p, b.to_b = q;
+    batch_product b = {.c = esp_tensor_rows_view(&dm, 0, p), .a = esp_block_of(&x, blocks, 0), .trans_a = true};
+    b.b = esp_block_of(&dy, blocks, 0);
+    b.to_c = p * dm.ld, b.to_a = esp_block_step(&x, blocks), b.to_b = esp_block_step(&dy, blocks);
     b.alpha = alpha, b.beta = 1.0f;
     run_batch(be, "block_grad", blocks, &b);
     break;

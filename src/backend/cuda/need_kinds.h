@@ -14,9 +14,9 @@ typedef enum esp_cuda_blocks_way { ESP_BLOCKS_AS_ONE, ESP_BLOCKS_BATCH, ESP_BLOC
  * result. */
 static inline esp_cuda_blocks_way esp_cuda_blocks_way_of(const esp_tensor *x, const esp_tensor *y, esp_dtype in,
                                                          esp_dtype out, int blocks, bool shared) {
-  int64_t p = esp_tensor_cols(x) / blocks, q = esp_tensor_cols(y) / blocks;
+  int64_t p = esp_block_width(x, blocks), q = esp_block_width(y, blocks);
   bool dense = (x->ndim == 1 || x->ld == x->shape[1]) && (y->ndim == 1 || y->ld == y->shape[1]);
-  if (blocks == 1 || (shared && dense && p >= 8 && q >= 8)) return ESP_BLOCKS_AS_ONE;
+  if ((blocks == 1 && x->ndim < 3 && y->ndim < 3) || (shared && dense && p >= 8 && q >= 8)) return ESP_BLOCKS_AS_ONE;
   bool fits = p >= 32 && q >= 32 && p % 8 == 0 && q % 8 == 0;
   bool together = x->dtype == in && (out == in || out == ESP_F32);
   return fits && together && !shared ? ESP_BLOCKS_BATCH : ESP_BLOCKS_OWN;
@@ -45,8 +45,8 @@ static inline int64_t esp_cuda_need_block_grad(esp_tensor dm, esp_tensor x, esp_
   if (way == ESP_BLOCKS_AS_ONE)
     return esp_cuda_need_matmul(dm, esp_cuda_blocks_as_rows(x, blocks), true, esp_cuda_blocks_as_rows(dy, blocks),
                                 false);
-  int64_t p = esp_tensor_cols(&x) / blocks, q = esp_tensor_cols(&dy) / blocks;
-  return esp_cuda_block_grad_slices(esp_tensor_rows(&x), blocks, p, q) * blocks * p * q * 4;
+  int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&dy, blocks);
+  return esp_cuda_block_grad_slices(esp_block_tokens(&x), blocks, p, q) * blocks * p * q * 4;
 }
 
 /* ---- sparse matrices: tokens in chunks, transposed to [columns, chunk] so that an entry meets consecutive tokens; a
