@@ -44,8 +44,9 @@ typedef struct scratch {
   int64_t cap;
 } scratch;
 
-static esp_status score_batch(esp_model *m, esp_stack *stack, const esp_batcher *b, const scratch *s, bool kl,
-                              esp_score_sums *out) {
+static esp_status score_batch(esp_model *m, esp_stack *stack, const esp_batcher *b, const scratch *s,
+                              const esp_score_cfg *cfg, esp_score_sums *out) {
+  bool kl = cfg->metric == ESP_METRIC_BASE_KL;
   bool counting = esp_backend_counts(esp_model_backend(m));
   esp_batch batch = {.tokens = b->tokens,
                      .ids = b->ids,
@@ -54,16 +55,19 @@ static esp_status score_batch(esp_model *m, esp_stack *stack, const esp_batcher 
                      .weights = b->weights,
                      .cu_seqlens = b->cu,
                      .n_seqs = b->seqs};
+  ESP_TRY(esp_strategies_choose(cfg->strategies, cfg->sequence, cfg->owner, b->prompt, &batch));
+  esp_batch base = batch;
+  base.adapters = s->off;
+  base.shares = NULL;
+  base.n_shares = 0;
   rows r = {s->logits[0], s->logits[1], esp_model_describe(m)->vocab, s->sums, s->sums + s->cap};
   for (int64_t t = 0; t < b->tokens;) {
     int n = 0;
     for (; t < b->tokens && n < s->cap; t++)
       if (b->weights[t] != 0) s->index[n++] = (int32_t)t;
     if (n == 0) break;
-    batch.adapters = NULL;
     ESP_TRY(esp_model_logits(m, stack, &batch, s->index, n, s->logits[0]));
-    batch.adapters = s->off;
-    ESP_TRY(esp_model_logits(m, stack, &batch, s->index, n, s->logits[1]));
+    ESP_TRY(esp_model_logits(m, stack, &base, s->index, n, s->logits[1]));
     if (counting) continue;
     esp_parallel(n, one_row, &r);
     for (int i = 0; i < n; i++) { /* in the order of the rows, whoever computed them */
@@ -99,7 +103,7 @@ esp_status esp_score_base(esp_model *m, const esp_dataset *d, esp_stack *stack, 
     int64_t len = 0;
     if (i < n) esp_dataset_sample(d, i, &ids, &weights, &len);
     if (b.tokens > 0 && (i >= n || b.tokens + len > most)) {
-      ESP_GOTO(score_batch(m, stack, &b, &s, cfg->metric == ESP_METRIC_BASE_KL, out));
+      ESP_GOTO(score_batch(m, stack, &b, &s, cfg, out));
       esp_batcher_clear(&b);
     }
     if (i >= n) break;

@@ -82,7 +82,7 @@ void esp_matrix_summarise(const esp_matrix *m, esp_matrix_summary *out) {
     if (t + 1 < T) {
       bwt += last - learned;
       forgetting += best(m, T - 1, t) - last;
-      all += best(m, T, t) - last;
+      all += isnan(learned) ? NAN : best(m, T, t) - last;
     }
     if (t > 0) fwt += esp_matrix_own(m, t, t) - esp_matrix_own(m, 0, t);
     for (int i = t + 2; i <= T; i++) rows += esp_matrix_own(m, i, t) - learned;

@@ -27,6 +27,12 @@ expect seen/b "$(set_at seen b)" "a:0 a:9 b:11 b:13 b:17 b:18"
 expect seen/drift "$(set_at seen drift)" "a:0 a:9 b:18"
 "$ESPALIER" run recipe.yaml "${args[@]}" --output all eval.midway=all
 expect all/b "$(set_at all b)" "a:0 a:2 a:4 a:8 a:9 b:11 b:13 b:17 b:18"
+# a set that no adapter of the bank is chosen for is as far from the base as the base: distances follow the selector
+"$ESPALIER" run recipe.yaml train.max_steps=2 checkpoint.every=task -q --output bank continual.policy=new_per_task continual.strategy=[bank] continual.bank.selector=oracle || fail "the bank"
+python3 -c '
+import json
+r = json.load(open("bank/matrix.json"))["rows"]
+assert all(row[2] == 0 for row in r) and r[0][0] != r[1][0], r' || fail "the distance under a selector"
 # what evaluations and samples hold is in the plan: caches of generation lie beside the stack of the longest task
 sed 's/sequence_len: 64/sequence_len: 256/; s/micro_batch_size: 2/micro_batch_size: 16/' recipe.yaml >long.yaml
 "$ESPALIER" run long.yaml train.max_steps=1 eval.samples=1 -q --output planned 'eval.sets[1].max_new_tokens=100' 'eval.sets[1].limit=2' 'tasks[a].train.micro_batch_size=1' || fail "the long run"
