@@ -1,5 +1,6 @@
 /* Conformance of adapter kinds (conformance.h has all statements): what a kind computes. A new kind is one more row.
- * Mutation seen to be caught: s left out of the tail in lora_tails (scale 1) fails "identity" for the rewritten bases. */
+ * Mutation seen to be caught: s left out of the tail in lora_tails (scale 1) fails "identity" for the rewritten bases.
+ */
 #include "conformance.h"
 
 /* A kind is not registered without a row. `none` has nothing to hold. */

@@ -45,7 +45,7 @@ static const char *weights(const char *dir) {
 }
 
 static bool skipped(const row *w) { /* a whole model is not merged into one */
-  return !merges(w) || whole(w);
+  return !merges(w) || whole(w) || left_out((int)(w - rows));
 }
 
 /* Merged twice: the same bytes. The base is as it was, to the bit: what was merged is taken out by taking it again. */
@@ -235,7 +235,7 @@ static void one_by_one(void **state) {
     }
     clean();
   }
-  assert_true(checked > 30);
+  assert_true(checked > (test_quick() ? 5 : 30));
 }
 
 int main(void) {
