@@ -19,7 +19,7 @@ static void gradients(void **state) {
     fx_shake(a, 0.1f, 19);
     fx_loss(&r, &f.b, true, ESP_CKPT_OFF, 3);
     float *grad = fx_grads(a);
-    int count = a->params->count, each = test_quick() && count > 4 ? count / 4 : 1;
+    int count = a->params->count, each = test_quick() && count > 2 ? count / 2 : 1;
     for (int p = i % each; p < count; p += each) {
       const esp_param *q = &a->params->list[p];
       const float *g = grad + q->offset;
