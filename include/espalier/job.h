@@ -20,6 +20,8 @@ ESP_API esp_status esp_job_open_text(const char *yaml, size_t n, const char *pat
                                      int n_overrides, esp_job **out);
 /* The recipe that a run directory keeps. */
 ESP_API esp_status esp_job_open_run(const char *run_dir, const char *device, esp_job **out);
+/* The same with the tasks of a file behind those it has: esp_job_resume then trains these. */
+ESP_API esp_status esp_job_open_more(const char *run_dir, const char *tasks_path, const char *device, esp_job **out);
 ESP_API void esp_job_close(esp_job *job); /* NULL is allowed */
 
 ESP_API const char *esp_job_name(const esp_job *job);

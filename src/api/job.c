@@ -41,7 +41,7 @@ esp_status esp_job_open_text(const char *yaml, size_t len, const char *path, con
   return wrap(st, r, out);
 }
 
-esp_status esp_job_open_run(const char *run_dir, const char *device, esp_job **out) {
+esp_status esp_job_open_more(const char *run_dir, const char *append, const char *device, esp_job **out) {
   char path[ESP_PATH], place[2 * ESP_PATH + 32], *full = realpath(run_dir, NULL);
   *out = NULL;
   char *w = place + snprintf(place, sizeof place, "checkpoint.output_dir=\""); /* it may have been moved */
@@ -56,7 +56,13 @@ esp_status esp_job_open_run(const char *run_dir, const char *device, esp_job **o
   const char *overrides[] = {place, where};
   esp_path_join(path, sizeof path, run_dir, "recipe.yaml");
   if (!esp_file_exists(path)) return esp_fail(ESP_ERR_DATA, "%s: holds no run (no recipe.yaml)", run_dir);
-  return esp_job_open(path, overrides, device ? 2 : 1, out);
+  esp_recipe *r = NULL;
+  esp_status st = esp_recipe_load_more(path, overrides, device ? 2 : 1, append, &r);
+  return wrap(st, r, out);
+}
+
+esp_status esp_job_open_run(const char *run_dir, const char *device, esp_job **out) {
+  return esp_job_open_more(run_dir, NULL, device, out);
 }
 
 void esp_job_close(esp_job *job) {

@@ -6,6 +6,7 @@
 static const cli_option options[] = {
     {"output", "DIR", 'o', false, "the run's folder (checkpoint.output_dir)"},
     {"overwrite", NULL, 0, false, "remove a run that is already in the folder"},
+    {"append", "TASKS", 0, false, "add the tasks of this file to the finished run in the folder RECIPE and train them"},
     {"stop-after", "N", 0, false, "stop with a complete checkpoint after step N of the run"},
     {"dry-run", NULL, 0, false, "what `plan` does"},
     {"threads", "N", 't', false, "threads of this process (parallel.threads)"},
@@ -81,6 +82,10 @@ static int run(cli_args *a) {
   if (cli_flag(a, "dry-run")) return cli_plan.run(a);
   esp_job *job;
   int code;
+  if (cli_value(a, "append")) {
+    esp_status st = esp_job_open_more(a->positional[0], cli_value(a, "append"), cli_value(a, "device"), &job);
+    return st == ESP_OK ? cli_train(a, job, true) : cli_fail(st);
+  }
   if (!cli_open_job(a, &job, &code)) return code;
   return cli_train(a, job, false);
 }

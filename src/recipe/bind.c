@@ -67,7 +67,9 @@ esp_status esp_bind_finish(esp_binder *b) {
   for (int i = 0; i < b->n_issues; i++) {
     const esp_issue *e = &b->issues[i];
     char line[1200], override[80];
-    if (e->override) {
+    if (e->override && e->override[0] == '+') { /* a file of tasks that are added */
+      snprintf(line, sizeof line, "%.400s:%d:%d: %s", e->override + 1, e->line, e->column, e->text);
+    } else if (e->override) {
       size_t n = strcspn(e->override, "\n\r");
       snprintf(override, sizeof override, "%.*s", (int)(n < 70 ? n : 70), e->override);
       snprintf(line, sizeof line, "override '%s': %s", override, e->text);

@@ -62,6 +62,8 @@ void esp_bind_recipe(esp_binder *b, const esp_node *root);
 void esp_check_recipe(esp_binder *b, const esp_node *root);
 /* override.c: puts "a.b[1].c=value" into the tree. */
 esp_status esp_override_apply(esp_binder *b, esp_node **root, const char *override);
+/* append.c: adds the tasks of a file to the tree. */
+esp_status esp_append_apply(esp_binder *b, esp_node *root, const char *path);
 /* joint.c: policy joint: *out has one task in the place of r's, in the same arena. */
 esp_status esp_recipe_join(esp_recipe *r, esp_recipe **out);
 /* order.c: the tasks of the tree as continual.order says. */

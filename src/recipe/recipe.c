@@ -25,8 +25,8 @@ static const char *default_name(esp_arena *arena, const char *path) {
   return esp_arena_strdup(arena, n ? name : "run");
 }
 
-esp_status esp_recipe_parse(const char *yaml, size_t n, const char *path, const char *const *overrides, int n_overrides,
-                            esp_recipe **out) {
+static esp_status parse(const char *yaml, size_t n, const char *path, const char *const *overrides, int n_overrides,
+                        const char *append, esp_recipe **out) {
   *out = NULL;
   esp_status st = ESP_OK;
   esp_node *root = NULL;
@@ -59,6 +59,10 @@ esp_status esp_recipe_parse(const char *yaml, size_t n, const char *path, const 
     st = esp_override_apply(&b, &root, copy);
     if (st != ESP_OK) goto out;
   }
+  if (readable && append && root) {
+    st = esp_append_apply(&b, root, append);
+    if (st != ESP_OK) goto out;
+  }
   if (readable) { /* else the syntax error is all there is to say */
     esp_order_apply(&b, root);
     esp_bind_recipe(&b, root);
@@ -74,13 +78,23 @@ out:
   return st;
 }
 
+esp_status esp_recipe_parse(const char *yaml, size_t n, const char *path, const char *const *overrides, int n_overrides,
+                            esp_recipe **out) {
+  return parse(yaml, n, path, overrides, n_overrides, NULL, out);
+}
+
 esp_status esp_recipe_load(const char *path, const char *const *overrides, int n_overrides, esp_recipe **out) {
+  return esp_recipe_load_more(path, overrides, n_overrides, NULL, out);
+}
+
+esp_status esp_recipe_load_more(const char *path, const char *const *overrides, int n_overrides, const char *append,
+                                esp_recipe **out) {
   char *text = NULL;
   size_t n = 0;
   *out = NULL;
   if (esp_file_read(path, &text, &n) != ESP_OK) /* a recipe that is not there is an error of the recipe */
     return esp_fail(ESP_ERR_RECIPE, "%s", esp_error_message());
-  esp_status st = esp_recipe_parse(text, n, path, overrides, n_overrides, out);
+  esp_status st = parse(text, n, path, overrides, n_overrides, append, out);
   esp_mem_free(text);
   return st;
 }

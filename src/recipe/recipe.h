@@ -167,6 +167,11 @@ typedef struct esp_recipe {
  * (did you mean 'rank'?)"), status ESP_ERR_RECIPE; the message is cut behind the last line that fits, with a count.
  * Relative paths of the file are relative to its folder, those of overrides to the working directory. */
 esp_status esp_recipe_load(const char *path, const char *const *overrides, int n_overrides, esp_recipe **out);
+/* append: a file of tasks (and evaluation sets) that come to stand behind those of the recipe; NULL: none. */
+esp_status esp_recipe_load_more(const char *path, const char *const *overrides, int n_overrides, const char *append,
+                                esp_recipe **out);
+/* The hash that the recipe had while it had only the first `tasks` tasks and `sets` evaluation sets. */
+void esp_recipe_hash_first(const esp_recipe *r, int tasks, int sets, char out[33]);
 esp_status esp_recipe_parse(const char *yaml, size_t n, const char *path, const char *const *overrides, int n_overrides,
                             esp_recipe **out);
 void esp_recipe_destroy(esp_recipe *r);

@@ -266,7 +266,7 @@ static void origin_comment(writer *w, const void *field, const char *fallback) {
   if (!o) {
     esp_strbuf_printf(w->out, " # %s\n", fallback);
   } else if (o->override) {
-    esp_strbuf_puts(w->out, " # override ");
+    esp_strbuf_puts(w->out, o->override[0] == '+' ? " # appended " : " # override ");
     for (const char *p = o->override; *p; p++) /* the comment must end where it ends */
       esp_strbuf_putc(w->out, (unsigned char)*p < 0x20 || (unsigned char)*p >= 0x7f ? '?' : *p);
     esp_strbuf_putc(w->out, '\n');
@@ -436,4 +436,11 @@ void esp_recipe_hash(const esp_recipe *r, char out[33]) {
   XXH128_hash_t h = XXH3_128bits(text.data ? text.data : "", text.len);
   snprintf(out, 33, "%016" PRIx64 "%016" PRIx64, h.high64, h.low64);
   esp_strbuf_deinit(&text);
+}
+
+void esp_recipe_hash_first(const esp_recipe *r, int tasks, int sets, char out[33]) {
+  esp_recipe first = *r;
+  if (tasks < first.n_tasks) first.n_tasks = tasks;
+  if (sets < first.eval.n_sets) first.eval.n_sets = sets;
+  esp_recipe_hash(&first, out);
 }

@@ -64,8 +64,7 @@ static esp_status join(esp_strategy *s, const esp_sequence *q, esp_tensor fresh)
   return st;
 }
 
-static esp_status task_end(esp_strategy *s, const esp_sequence *q) {
-  if (q->task + 1 == q->n_tasks) return ESP_OK;
+static esp_status hand_over(esp_strategy *s, const esp_sequence *q) {
   int64_t count = esp_dataset_count(q->data[q->task]), n = s->cfg->ewc.samples < count ? s->cfg->ewc.samples : count;
   int64_t *samples = esp_mem_alloc(ESP_MEM_HOST, (size_t)n * sizeof *samples);
   esp_tensor fresh = esp_strategy_flat(s, "fresh", q);
@@ -89,6 +88,6 @@ const esp_strategy_kind esp_strategy_ewc = {
     .name = "ewc",
     .summary = "parameters that finished tasks depend on are held: weight/2 sum F (theta - theta_k)^2",
     .flags = ESP_STRATEGY_BY_PARAMETER,
-    .task_end = task_end,
+    .hand_over = hand_over,
     .penalty = penalty,
 };

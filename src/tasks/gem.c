@@ -164,16 +164,16 @@ static esp_status gem_check(const esp_strategy_cfg *c, int n_tasks) {
   return check_buffer("gem", c->gem.buffer, n_tasks);
 }
 
-static esp_status gem_task_end(esp_strategy *s, const esp_sequence *q) {
+static esp_status gem_hand_over(esp_strategy *s, const esp_sequence *q) {
   esp_memory_cfg c = {s->cfg->gem.buffer, 0, s->cfg->gem.sampler};
-  return q->task + 1 < q->n_tasks ? esp_memory_add(s, q, &c) : ESP_OK;
+  return esp_memory_add(s, q, &c);
 }
 
 const esp_strategy_kind esp_strategy_gem = {
     .name = "gem",
     .summary = "the gradient may not point against that of any earlier task's samples (Lopez-Paz and Ranzato 2017)",
     .check = gem_check,
-    .task_end = gem_task_end,
+    .hand_over = gem_hand_over,
     .project = gem_project,
     .held = esp_memory_bytes,
 };
@@ -202,16 +202,16 @@ out:
   return st;
 }
 
-static esp_status agem_task_end(esp_strategy *s, const esp_sequence *q) {
+static esp_status agem_hand_over(esp_strategy *s, const esp_sequence *q) {
   esp_memory_cfg c = {s->cfg->agem.buffer, 0, s->cfg->agem.sampler};
-  return q->task + 1 < q->n_tasks ? esp_memory_add(s, q, &c) : ESP_OK;
+  return esp_memory_add(s, q, &c);
 }
 
 const esp_strategy_kind esp_strategy_agem = {
     .name = "agem",
     .summary = "the gradient may not point against that of a batch of earlier tasks' samples (Chaudhry et al. 2019)",
     .check = agem_check,
-    .task_end = agem_task_end,
+    .hand_over = agem_hand_over,
     .project = agem_project,
     .held = esp_memory_bytes,
 };

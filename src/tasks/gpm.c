@@ -113,14 +113,13 @@ static esp_status after_step(esp_strategy *s, const esp_sequence *q, const esp_s
   return ESP_OK;
 }
 
-static esp_status task_end(esp_strategy *s, const esp_sequence *q) {
+static esp_status hand_over(esp_strategy *s, const esp_sequence *q) {
   esp_status st = ESP_OK;
   esp_trained *list;
   esp_observed seen = {0};
   esp_sample *chosen = NULL;
   int n;
   char name[32];
-  if (q->task + 1 == q->n_tasks) return ESP_OK;
   ESP_TRY(esp_trained_list(s, q, &list, &n));
   int64_t count;
   ESP_GOTO(esp_sequence_some(q, samples(s), &chosen, &count));
@@ -145,7 +144,7 @@ const esp_strategy_kind esp_strategy_gpm = {
     .check = gpm_check,
     .open = open,
     .task_begin = task_begin,
-    .task_end = task_end,
+    .hand_over = hand_over,
     .project = project,
     .after_step = after_step,
 };
@@ -156,7 +155,7 @@ const esp_strategy_kind esp_strategy_nullspace = {
     .check = nullspace_check,
     .open = open,
     .task_begin = task_begin,
-    .task_end = task_end,
+    .hand_over = hand_over,
     .project = project,
     .after_step = after_step,
 };

@@ -103,11 +103,10 @@ out:
   return st;
 }
 
-static esp_status task_end(esp_strategy *s, const esp_sequence *q) {
+static esp_status hand_over(esp_strategy *s, const esp_sequence *q) {
   esp_status st = ESP_OK;
   esp_sample *some = NULL;
   int64_t n, mark = esp_stack_mark(q->stack);
-  if (q->task + 1 == q->n_tasks) return ESP_OK;
   ESP_GOTO(esp_sequence_some(q, s->cfg->ogd.samples, &some, &n));
   esp_tensor g = esp_stack_tensor(q->stack, ESP_F32, n, q->adapter->params->total);
   for (int64_t i = 0; i < n; i++) ESP_GOTO(esp_sequence_gradient_of(q, &some[i], 1, row(g, i), NULL));
@@ -126,7 +125,7 @@ const esp_strategy_kind esp_strategy_ogd = {
     .flags = ESP_STRATEGY_BY_PARAMETER,
     .check = check,
     .task_begin = task_begin,
-    .task_end = task_end,
+    .hand_over = hand_over,
     .project = project,
     .after_step = after_step,
 };

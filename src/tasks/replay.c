@@ -72,9 +72,9 @@ static esp_status pass(esp_strategy *s, const esp_sequence *q, const esp_strateg
   return ESP_OK;
 }
 
-static esp_status task_end(esp_strategy *s, const esp_sequence *q) {
+static esp_status hand_over(esp_strategy *s, const esp_sequence *q) {
   esp_memory_cfg c = {s->cfg->replay.buffer, s->cfg->replay.bytes, s->cfg->replay.sampler};
-  return q->task + 1 < q->n_tasks ? esp_memory_add(s, q, &c) : ESP_OK;
+  return esp_memory_add(s, q, &c);
 }
 
 const esp_strategy_kind esp_strategy_replay = {
@@ -83,7 +83,7 @@ const esp_strategy_kind esp_strategy_replay = {
     .check = check,
     .open = open,
     .close = close,
-    .task_end = task_end,
+    .hand_over = hand_over,
     .draw = draw,
     .pass = pass,
     .held = esp_memory_bytes,

@@ -35,8 +35,7 @@ static esp_status after_step(esp_strategy *s, const esp_sequence *q, const esp_s
   return ESP_OK;
 }
 
-static esp_status task_end(esp_strategy *s, const esp_sequence *q) {
-  if (q->task + 1 == q->n_tasks) return ESP_OK;
+static esp_status hand_over(esp_strategy *s, const esp_sequence *q) {
   int64_t n = q->adapter->params->total, bytes = n * (int64_t)sizeof(float);
   esp_tensor importance = esp_strategy_flat(s, "importance", q);
   float *host = esp_mem_alloc(ESP_MEM_HOST, (size_t)(4 * bytes));
@@ -63,5 +62,5 @@ const esp_strategy_kind esp_strategy_si = {
     .task_begin = task_begin,
     .penalty = penalty,
     .after_step = after_step,
-    .task_end = task_end,
+    .hand_over = hand_over,
 };

@@ -151,9 +151,9 @@ static esp_status ilora_step(esp_strategy *s, const esp_sequence *q, const esp_s
   return ESP_OK;
 }
 
-static esp_status ilora_end(esp_strategy *s, const esp_sequence *q) {
+static esp_status ilora_hand_over(esp_strategy *s, const esp_sequence *q) {
   esp_memory_cfg c = {s->cfg->ilora.buffer, 0, "reservoir"};
-  return q->task + 1 < q->n_tasks ? esp_memory_add(s, q, &c) : ESP_OK;
+  return esp_memory_add(s, q, &c);
 }
 
 static int64_t ilora_held(const esp_strategy *s, const esp_sequence *q) {
@@ -169,7 +169,7 @@ const esp_strategy_kind esp_strategy_ilora = {
     .open = ilora_open,
     .close = ilora_close,
     .task_begin = ilora_begin,
-    .task_end = ilora_end,
+    .hand_over = ilora_hand_over,
     .draw = ilora_draw,
     .pass = ilora_pass,
     .after_step = ilora_step,
@@ -279,8 +279,7 @@ static esp_status mos_step(esp_strategy *s, const esp_sequence *q, const esp_str
   return ESP_OK;
 }
 
-static esp_status mos_end(esp_strategy *s, const esp_sequence *q) {
-  if (q->task + 1 == q->n_tasks) return ESP_OK;
+static esp_status mos_hand_over(esp_strategy *s, const esp_sequence *q) {
   esp_tensor mean = esp_strategy_flat(s, "mean", q);
   if (!mean.data) return ESP_ERR_MEMORY;
   double part_of = 1 / (double)(q->task + 1);
@@ -294,5 +293,5 @@ const esp_strategy_kind esp_strategy_mos = {
     .flags = ESP_STRATEGY_BY_PARAMETER,
     .check = mos_check,
     .after_step = mos_step,
-    .task_end = mos_end,
+    .hand_over = mos_hand_over,
 };

@@ -147,6 +147,9 @@ esp_status esp_strategies_task_begin(esp_strategies *set, const esp_sequence *q)
 esp_status esp_strategies_task_end(esp_strategies *set, const esp_sequence *q) {
   EACH(set, task_end, q);
 }
+esp_status esp_strategies_hand_over(esp_strategies *set, const esp_sequence *q) {
+  EACH(set, hand_over, q);
+}
 esp_status esp_strategies_draw(esp_strategies *set, const esp_sequence *q, const esp_strategy_step *t, double *weight) {
   EACH(set, draw, q, t, weight);
 }

@@ -8,7 +8,7 @@
  * Order in a step: `draw` (rows beside the step's own), then for every micro-batch `teach` and forward and backward,
  * `pass` (the drawn rows), the sum over ranks, `penalty`, `project`, clipping, the optimizer, `after_step`.
  * At a task: `task_begin` before its first step; after its last one `task_end`, then the adapter is saved and measured
- * between `deploy(true)` and `deploy(false)`.
+ * between `deploy(true)` and `deploy(false)`, then, before another task, `hand_over`.
  */
 #ifndef ESP_TASKS_STRATEGY_H
 #define ESP_TASKS_STRATEGY_H
@@ -182,6 +182,9 @@ typedef struct esp_strategy_kind {
   /* On resume task_begin runs before the saved arrays replace whatever it made. */
   esp_status (*task_begin)(esp_strategy *s, const esp_sequence *q);
   esp_status (*task_end)(esp_strategy *s, const esp_sequence *q);
+  /* After a task has ended and was measured, once it is known that another follows: passes over its data for what later
+   * tasks need. Of the last task it is called when others are added to the finished run. */
+  esp_status (*hand_over)(esp_strategy *s, const esp_sequence *q);
 
   /* draw: chooses rows beside the step's own, the same on all ranks; adds their trained-token weight (all ranks) to
    * *weight. pass: forward and backward of this rank's share of them, into the same gradient (esp_strategy_rows). */
@@ -319,6 +322,7 @@ void esp_strategies_destroy(esp_strategies *s);
 esp_status esp_strategies_open(esp_strategies *s, const esp_sequence *q);
 esp_status esp_strategies_task_begin(esp_strategies *s, const esp_sequence *q);
 esp_status esp_strategies_task_end(esp_strategies *s, const esp_sequence *q);
+esp_status esp_strategies_hand_over(esp_strategies *s, const esp_sequence *q);
 esp_status esp_strategies_draw(esp_strategies *s, const esp_sequence *q, const esp_strategy_step *t, double *weight);
 esp_status esp_strategies_teach(esp_strategies *s, const esp_sequence *q, const esp_strategy_step *t, esp_batch *b);
 esp_status esp_strategies_pass(esp_strategies *s, const esp_sequence *q, const esp_strategy_step *t);

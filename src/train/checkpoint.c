@@ -201,6 +201,7 @@ static esp_status save_state(const esp_run_state *s, const esp_recipe *r, const 
       "loss_above", (json_int_t)s->watch.loss_above, "grad_above", (json_int_t)s->watch.grad_above, "metrics_bytes",
       (json_int_t)s->jsonl_bytes, "events_bytes", (json_int_t)s->events_bytes, "base", s->base, "tasks", counts);
   if (!j) return esp_fail_oom("state.json", 1024);
+  json_object_set_new(j, "sets", json_integer(r->eval.n_sets));
   json_object_set_new(j, "backwards", json_integer((json_int_t)s->backwards));
   json_object_set_new(j, "last_loss", isfinite(s->last_loss) ? json_real(s->last_loss) : json_null());
   json_object_set_new(j, "best", s->has_best ? json_real(s->best) : json_null());
@@ -211,10 +212,10 @@ static esp_status save_state(const esp_run_state *s, const esp_recipe *r, const 
 
 static esp_status check_counts(json_t *j, const esp_recipe *r, const esp_task_steps *tasks, const char *path) {
   json_t *counts = json_object_get(j, "tasks");
-  if (!json_is_array(counts) || (int)json_array_size(counts) != r->n_tasks)
+  if (!json_is_array(counts) || (int)json_array_size(counts) > r->n_tasks)
     return esp_fail(ESP_ERR_RECIPE, "%s: the run has %d tasks, the checkpoint %d", path, r->n_tasks,
                     (int)json_array_size(counts));
-  for (int i = 0; i < r->n_tasks; i++) {
+  for (int i = 0; i < (int)json_array_size(counts); i++) {
     json_t *c = json_array_get(counts, (size_t)i);
     int64_t samples = -1, rows = -1, steps = -1, tokens = -1;
     ESP_TRY(esp_json_i64(c, "samples", path, 1, &samples));
@@ -243,7 +244,7 @@ static esp_status load_state(const char *path, const esp_recipe *r, int ranks, c
                              esp_run_state *s) {
   esp_status st = ESP_OK;
   json_t *j = NULL;
-  int64_t format = 0, saved_ranks = 0;
+  int64_t format = 0, saved_ranks = 0, sets = r->eval.n_sets;
   char hash[33];
   memset(s, 0, sizeof *s);
   ESP_TRY(esp_json_load(path, &j));
@@ -254,7 +255,17 @@ static esp_status load_state(const char *path, const esp_recipe *r, int ranks, c
   ESP_GOTO(copy_str(j, "recipe_hash", path, s->recipe_hash, sizeof s->recipe_hash));
   ESP_GOTO(copy_str(j, "base_fingerprint", path, s->fingerprint, sizeof s->fingerprint));
   ESP_GOTO(copy_str(j, "base", path, s->base, sizeof s->base));
+  ESP_GOTO(esp_json_i64(j, "task", path, 1, &s->at.task));
+  ESP_GOTO(esp_json_i64(j, "sets", path, 0, &sets));
+  int before = (int)json_array_size(json_object_get(j, "tasks"));
   esp_recipe_hash(r, hash);
+  if (strcmp(hash, s->recipe_hash) && before < r->n_tasks) { /* tasks were added to a run that had finished */
+    esp_recipe_hash_first(r, before, (int)sets, hash);
+    s->appended = before;
+    if (!strcmp(hash, s->recipe_hash) && s->at.task != before)
+      ESP_GOTO(esp_fail(ESP_ERR_RECIPE, "%s: the run has not finished its %d tasks: resume it before others are added",
+                        path, before));
+  }
   if (strcmp(hash, s->recipe_hash))
     ESP_GOTO(esp_fail(ESP_ERR_RECIPE,
                       "%s: the checkpoint belongs to another recipe (hash %s, this one has %s): resume with the recipe "
@@ -459,7 +470,7 @@ static esp_status read_matrix(const char *dir, esp_matrix *matrix) {
   if (!matrix) return ESP_OK;
   ESP_TRY(esp_matrix_load(esp_path_join(file, sizeof file, dir, "matrix.json"), &saved));
   esp_status st = ESP_OK;
-  if (saved->tasks != matrix->tasks || saved->sets != matrix->sets)
+  if (saved->tasks > matrix->tasks || saved->sets > matrix->sets) /* fewer: tasks were added since */
     st = esp_fail(ESP_ERR_DATA, "%s: %d x %d scores, this run has %d x %d", file, saved->tasks, saved->sets,
                   matrix->tasks, matrix->sets);
   else

@@ -23,6 +23,7 @@ typedef struct esp_run_state { /* plain bytes: broadcast as it is */
   int64_t jsonl_bytes, events_bytes;
   double last_loss, best;
   int32_t has_best, ranks;
+  int32_t appended; /* the checkpoint is the end of a run of so many tasks, to which others were added; 0: not */
   char recipe_hash[33], fingerprint[33];
   char base[ESP_PATH]; /* model directory of the present task when it is not the recipe's, relative to the run */
 } esp_run_state;

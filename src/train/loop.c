@@ -145,6 +145,11 @@ static esp_status restore(esp_loop *l) {
   if (strcmp(esp_model_fingerprint(l->engine.model), l->state.fingerprint))
     st = esp_fail(ESP_ERR_DATA, "%s: is not the base model the checkpoint was made on", l->r->model.base_model);
   ESP_TRY(esp_comm_agree(l->comm, st));
+  /* kinds that make room for all tasks of a run from the start */
+  const esp_adapter *a = l->engine.adapter;
+  if (l->state.appended && a->cfg.tasks > l->state.appended && a->kind->task_begin && !a->kind->resized)
+    return esp_fail(ESP_ERR_RECIPE, "%s: its adapter (%s) was made for %d tasks and has no room for more",
+                    l->r->checkpoint.output_dir, a->kind->name, l->state.appended);
   ESP_TRY(esp_checkpoint_load(&l->engine, l->checkpoint));
   l->engine.optim->step = l->state.optim_step;
   l->engine.adapter->backwards = l->state.backwards;
@@ -265,10 +270,35 @@ out:
   return st;
 }
 
-/* Adapter, scores, the base and the adapter of the next task, and the checkpoint between them. */
+/* From a task that has ended to the one behind it: the base and the adapter of that, and the checkpoint between them.
+ */
+static esp_status next_task(esp_loop *l, int task) {
+  char path[ESP_PATH], folder[ESP_PATH], base[ESP_PATH], rel[ESP_PATH], merged[ESP_PATH];
+  const char *dir = l->r->checkpoint.output_dir;
+  ESP_TRY(esp_comm_agree(l->comm, esp_strategies_hand_over(&l->engine.strategies, &l->engine.sequence)));
+  if (l->r->continual.policy == ESP_POLICY_MERGE_THEN_NEW) {
+    ESP_TRY(esp_rundir_base(l, base));
+    esp_path_join(path, sizeof path, esp_path_join(folder, sizeof folder, dir, "adapters"), l->r->tasks[task].name);
+    snprintf(rel, sizeof rel, "bases/%s", l->r->tasks[task].name);
+    esp_path_join(merged, sizeof merged, dir, rel);
+    esp_status st = ESP_OK;
+    if (l->comm->rank == 0) {
+      st = esp_mkdirs(esp_path_join(folder, sizeof folder, dir, "bases"));
+      if (st == ESP_OK) st = l->hooks->merge(l->hooks->ctx, base, path, merged);
+    }
+    ESP_TRY(esp_comm_agree(l->comm, st));
+    snprintf(l->state.base, sizeof l->state.base, "%s", rel);
+  }
+  l->state.at = (esp_cursor){.task = task + 1, .step = l->state.at.step};
+  l->state.watch = (esp_watch){0};
+  ESP_TRY(begin_task(l, task + 1, false));
+  return checkpoint(l, false);
+}
+
+/* Adapter, scores, and what comes then. */
 static esp_status end_task(esp_loop *l, int task) {
   const esp_recipe_task *t = &l->r->tasks[task];
-  char path[ESP_PATH], base[ESP_PATH], rel[ESP_PATH], merged[ESP_PATH];
+  char path[ESP_PATH];
   esp_adapter *a = l->engine.adapter;
   esp_strategies *s = &l->engine.strategies;
   if (a->kind->task_end) ESP_TRY(esp_comm_agree(l->comm, a->kind->task_end(a, task)));
@@ -284,22 +314,9 @@ static esp_status end_task(esp_loop *l, int task) {
   esp_event e = esp_loop_event(l, ESP_EVENT_TASK_END);
   e.path = path;
   esp_loop_emit(l, &e);
-  if (!last && l->r->continual.policy == ESP_POLICY_MERGE_THEN_NEW) {
-    ESP_TRY(esp_rundir_base(l, base));
-    snprintf(rel, sizeof rel, "bases/%s", t->name);
-    esp_path_join(merged, sizeof merged, l->r->checkpoint.output_dir, rel);
-    esp_status st = ESP_OK;
-    if (l->comm->rank == 0) {
-      char bases[ESP_PATH];
-      st = esp_mkdirs(esp_path_join(bases, sizeof bases, l->r->checkpoint.output_dir, "bases"));
-      if (st == ESP_OK) st = l->hooks->merge(l->hooks->ctx, base, path, merged);
-    }
-    ESP_TRY(esp_comm_agree(l->comm, st));
-    snprintf(l->state.base, sizeof l->state.base, "%s", rel);
-  }
+  if (!last) return next_task(l, task);
   l->state.at = (esp_cursor){.task = task + 1, .step = l->state.at.step};
   l->state.watch = (esp_watch){0};
-  if (!last) ESP_TRY(begin_task(l, task + 1, false));
   return checkpoint(l, false);
 }
 
@@ -363,7 +380,8 @@ static esp_status run(esp_loop *l, bool resume) {
   esp_mem_stats_reset_peak(); /* the plan's books are closed: from here the peak is the run's own */
   ESP_TRY(esp_comm_agree(l->comm, esp_engine_init(&l->engine, l->r, l->comm, false)));
   ESP_TRY(esp_comm_agree(l->comm, esp_engine_strategies(&l->engine, &l->data, l->hooks)));
-  ESP_TRY(begin_task(l, (int)at->task, true));
+  bool appended = l->state.appended > 0; /* the checkpoint is the end of the run as it was */
+  ESP_TRY(begin_task(l, (int)at->task - appended, true));
   /* Only now does anything appear on disk: weights that cannot be read leave no half of a run, and no run is replaced.
    */
   if (!resume) ESP_TRY(esp_rundir_prepare(l->r, l->comm, false, l->opt && l->opt->overwrite));
@@ -371,6 +389,12 @@ static esp_status run(esp_loop *l, bool resume) {
   if (l->comm->rank == 0) st = esp_metrics_open(&l->metrics, l->r, l->state.jsonl_bytes, l->state.events_bytes);
   ESP_TRY(esp_comm_agree(l->comm, st));
   if (resumed) ESP_TRY(restore(l));
+  if (appended) {
+    esp_loop_note(l, "%d tasks are added to the %d of the run", l->r->n_tasks - l->state.appended, l->state.appended);
+    ESP_TRY(esp_rundir_recipe(l->r, l->comm));
+    l->state.appended = 0;
+    ESP_TRY(next_task(l, (int)at->task - 1));
+  }
   if (!resumed && l->matrix) {
     /* A new adapter changes nothing yet: row 0 is the untouched base. */
     if (l->r->continual.baseline) ESP_TRY(esp_loop_matrix_row(l, 0));

@@ -44,6 +44,8 @@ esp_status esp_loop_save_result(const esp_loop *l, const esp_run_result *r);
 /* Whether a run may be put there; changes nothing. */
 esp_status esp_rundir_check(const esp_recipe *r, esp_comm *comm, bool overwrite);
 esp_status esp_rundir_prepare(const esp_recipe *r, esp_comm *comm, bool resume, bool overwrite);
+/* The recipe of the folder, written anew. */
+esp_status esp_rundir_recipe(const esp_recipe *r, esp_comm *comm);
 esp_status esp_rundir_base(const esp_loop *l, char out[ESP_PATH]); /* of the present task */
 
 /* evaluate.c */

@@ -114,6 +114,7 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   ESP_GOTO(esp_train_step(e, &in, &rows, &out));
   *flops = (e->be->stats.flops - before) / (double)(out.tokens > 0 ? out.tokens : 1); /* per token */
   ESP_GOTO(esp_strategies_task_end(&e->strategies, &e->sequence));
+  if (task + 1 < r->n_tasks) ESP_GOTO(esp_strategies_hand_over(&e->strategies, &e->sequence));
   /* again over what strategies have come to hold, and over the stack at the height that they need */
   if (e->strategies.n > 0 && task + 1 == r->n_tasks) ESP_GOTO(evaluations(e, d, hooks));
 out:

@@ -34,9 +34,21 @@ static esp_status check(const esp_recipe *r, bool overwrite) {
                   r->checkpoint.output_dir);
 }
 
+static esp_status write_recipe(const esp_recipe *r) {
+  char path[ESP_PATH], *text = esp_recipe_resolved(r);
+  if (!text) return ESP_ERR_MEMORY;
+  esp_path_join(path, sizeof path, r->checkpoint.output_dir, "recipe.yaml");
+  esp_status st = esp_file_write_atomic(path, text, strlen(text));
+  esp_mem_free(text);
+  return st;
+}
+
+esp_status esp_rundir_recipe(const esp_recipe *r, esp_comm *comm) {
+  return esp_comm_agree(comm, comm->rank == 0 ? write_recipe(r) : ESP_OK);
+}
+
 static esp_status prepare(const esp_recipe *r, bool resume, bool overwrite) {
   const char *dir = r->checkpoint.output_dir;
-  char path[ESP_PATH];
   if (resume) {
     if (!holds_run(dir)) return esp_fail(ESP_ERR_DATA, "%s: holds no run to resume", dir);
     return esp_checkpoint_prune(r, 0); /* what a kill left half-written */
@@ -44,11 +56,7 @@ static esp_status prepare(const esp_recipe *r, bool resume, bool overwrite) {
   ESP_TRY(check(r, overwrite));
   if (holds_run(dir)) ESP_TRY(remove_run(dir));
   ESP_TRY(esp_mkdirs(dir));
-  char *text = esp_recipe_resolved(r);
-  if (!text) return ESP_ERR_MEMORY;
-  esp_status st = esp_file_write_atomic(esp_path_join(path, sizeof path, dir, "recipe.yaml"), text, strlen(text));
-  esp_mem_free(text);
-  return st;
+  return write_recipe(r);
 }
 
 esp_status esp_rundir_prepare(const esp_recipe *r, esp_comm *comm, bool resume, bool overwrite) {

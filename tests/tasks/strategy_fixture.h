@@ -148,4 +148,10 @@ static inline void sf_task(sf *f, int task) {
   OK(esp_strategies_task_begin(&f->set, &f->q));
 }
 
+/* The end of the present task, with another to come. */
+static inline void sf_end(sf *f) {
+  OK(esp_strategies_task_end(&f->set, &f->q));
+  OK(esp_strategies_hand_over(&f->set, &f->q));
+}
+
 #endif

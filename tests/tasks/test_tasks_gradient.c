@@ -121,7 +121,7 @@ static void gem_projects(void **state) {
     }
     for (int t = 0; t < 2; t++) {
       sf_task(&f, t);
-      OK(esp_strategies_task_end(&f.set, &f.q));
+      sf_end(&f);
     }
     /* a step against both: minus their sum, and something of its own */
     sf_task(&f, 2);
@@ -179,7 +179,7 @@ static void agem_projects(void **state) {
   f.r.be->ops->free(f.r.be, mean.data);
   for (int t = 0; t < 2; t++) {
     sf_task(&f, t);
-    OK(esp_strategies_task_end(&f.set, &f.q));
+    sf_end(&f);
   }
   sf_task(&f, 2);
   esp_strategy_step step = {0};

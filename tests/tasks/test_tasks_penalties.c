@@ -56,7 +56,7 @@ static void ewc(double decay) {
     sf_task(&f, task);
     theta[task] = fx_masters(f.a);
     fisher_of(&f, task, fk);
-    OK(esp_strategies_task_end(&f.set, &f.q));
+    sf_end(&f);
     for (int64_t k = 0; k < n; k++) {
       sum[k] = (decay > 0 ? decay : 1) * sum[k] + fk[k];
       want[k] -= 4 * fk[k] * (double)theta[task][k]; /* the sum over tasks, expanded */
@@ -115,7 +115,7 @@ static void si(void **state) {
     free(g);
     free(after);
   }
-  OK(esp_strategies_task_end(&f.set, &f.q));
+  sf_end(&f);
   float *end = fx_masters(f.a);
   sf_task(&f, 1);
   fx_shake(f.a, 0.1f, 8);

@@ -84,7 +84,7 @@ static void nullspace(void **state) {
       train(&f, 3);
       if (t == 0) OK(esp_trained_list(&f.set.list[0], &f.q, &k.list, &k.n));
       look_at(&f, &k, t, samples, tokens);
-      OK(esp_strategies_task_end(&f.set, &f.q));
+      sf_end(&f);
     }
     esp_mem_free(k.list);
     begin(&f, 2);
@@ -212,7 +212,7 @@ static void gpm(void **state) {
     begin(&f, t);
     if (t == 0) {
       train(&f, 3);
-      OK(esp_strategies_task_end(&f.set, &f.q));
+      sf_end(&f);
     }
   }
   float *was = fx_masters(f.a), *now;
@@ -449,7 +449,7 @@ static void ogd(void **state) {
     OK(esp_sequence_gradient_of(&f.q, &some[4], 1, g, NULL));
     own[t] = test_read(f.r.be, g.data, p * 4);
     f.r.be->ops->free(f.r.be, g.data);
-    OK(esp_strategies_task_end(&f.set, &f.q));
+    sf_end(&f);
     snprintf(name, sizeof name, "directions.%d", t);
     esp_tensor basis = esp_basis(&f.set.list[0], name, p);
     k[t] = esp_tensor_rows(&basis);

@@ -138,7 +138,7 @@ static void gradient(void **state) {
   sf_open(&f, NULL, &cfg);
   fx_shake(f.a, 0.05f, 4);
   sf_task(&f, 0);
-  OK(esp_strategies_task_end(&f.set, &f.q));
+  sf_end(&f);
   sf_task(&f, 1);
   esp_strategy_step t = {.step = 9, .task_step = 1, .task_steps = 6, .weight = 0};
   int64_t n = f.a->params->total;

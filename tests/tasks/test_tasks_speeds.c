@@ -51,7 +51,7 @@ static void lae(void **state) {
   sf_task(&f, 0);
   for (int k = 0; k < 2; k++) (void)sf_step(&f, k, 2, 4);
   assert_null(esp_strategy_get(&f.set.list[0], "slow", NULL)); /* one expert in the first task */
-  OK(esp_strategies_task_end(&f.set, &f.q));
+  sf_end(&f);
   double *want = exact(fx_masters(f.a), n);
   sf_task(&f, 1);
   for (int k = 0; k < 4; k++) {
@@ -81,7 +81,7 @@ static void ilora(void **state) {
       for (int64_t i = 0; i < n; i++) want[i] = a * want[i] + (1 - a) * fast[i];
       free(fast);
     }
-    OK(esp_strategies_task_end(&f.set, &f.q));
+    sf_end(&f);
   }
   float *slow = slow_of(&f);
   close_to(slow, want, n, "ilora");
@@ -97,7 +97,7 @@ static void ilora_holds_states(void **state) {
     sf f;
     open_with(&f, &(esp_strategy_cfg){.ilora = {.decay = 0.6, .gamma = k ? 3 : 0, .buffer = 6, .batch = 6}}, "ilora");
     sf_task(&f, 0);
-    OK(esp_strategies_task_end(&f.set, &f.q));
+    sf_end(&f);
     sf_task(&f, 1);
     fx_shake(f.a, 0.05f, 4);
     double weight = 0;
@@ -176,7 +176,7 @@ static void coin_ema(void **state) {
   close_to(slow, want, n, "coin_ema");
   free(slow);
   deployed_is_slow(&f);
-  OK(esp_strategies_task_end(&f.set, &f.q));
+  sf_end(&f);
   float *fast = fx_masters(f.a);
   close_to(fast, want, n, "the values a task ends with");
   free(fast), free(want), free(before);
@@ -198,7 +198,7 @@ static void mos(void **state) {
     float *got = fx_masters(f.a);
     close_to(got, want, n, "mos");
     free(want);
-    OK(esp_strategies_task_end(&f.set, &f.q));
+    sf_end(&f);
     for (int64_t i = 0; i < n; i++) mean[i] += (double)got[i];
     free(got);
   }

@@ -171,7 +171,7 @@ static void branch(void **state) {
   }
   float *end = fx_masters(f.a);
   assert_memory_not_equal(end, kept, bytes);
-  OK(esp_strategies_task_end(&f.set, &f.q));
+  sf_end(&f);
   OK(esp_strategies_deploy(&f.set, &f.q, true));
   float *measured = fx_masters(f.a);
   assert_memory_equal(measured, end, bytes);
