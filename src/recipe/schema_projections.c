@@ -5,7 +5,7 @@ static const esp_key gem_keys[] = {
     {"buffer", ESP_T_SHARE, AT(continual.strategy.gem.buffer), .def = "1%", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e9),
      .help = "samples kept of all finished tasks together, or a percentage of each one's; a step goes through all"},
     {"sampler", ESP_T_WORD, AT(continual.strategy.gem.sampler), .def = "balanced",
-     WORDS("reservoir", "balanced", "loss"), .help = "which are kept, as in replay"},
+     WORDS("reservoir", "balanced", "loss", "herding"), .help = "which are kept, as in replay"},
     {"margin", ESP_T_NUMBER, AT(continual.strategy.gem.margin), .def = "0.5", RANGE(0, 1e6),
      .help = "least multiplier of every earlier task once one is violated (memory strength)"},
 };
@@ -15,7 +15,7 @@ static const esp_key agem_keys[] = {
     {"buffer", ESP_T_SHARE, AT(continual.strategy.agem.buffer), .def = "1%", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e9),
      .help = "samples kept of all finished tasks together, or a percentage of each one's"},
     {"sampler", ESP_T_WORD, AT(continual.strategy.agem.sampler), .def = "balanced",
-     WORDS("reservoir", "balanced", "loss"), .help = "which are kept, as in replay"},
+     WORDS("reservoir", "balanced", "loss", "herding"), .help = "which are kept, as in replay"},
     {"batch", ESP_T_INT, AT(continual.strategy.agem.batch), .def = "32", RANGE(1, BIG),
      .help = "samples of them that a step goes through"},
 };

@@ -24,8 +24,9 @@ static const esp_key replay_keys[] = {
     {"buffer_bytes", ESP_T_INT, AT(continual.strategy.replay.bytes), .def = "any", RANGE(1, BIG), .word = "any",
      .help = "most bytes that their tokens and weights take"},
     {"sampler", ESP_T_WORD, AT(continual.strategy.replay.sampler), .def = "reservoir",
-     WORDS("reservoir", "balanced", "loss"),
-     .help = "which are kept: any, as many of each label, those of the largest loss"},
+     WORDS("reservoir", "balanced", "loss", "herding"),
+     .help = "which are kept: any, as many of each label, those of the largest loss, those whose mean feature is the "
+             "task's"},
     {"ratio", ESP_T_NUMBER, AT(continual.strategy.replay.ratio), .def = "auto",
      .flags = ESP_K_ABOVE_MIN | ESP_K_BELOW_MAX, RANGE(0, 1), .word = "auto",
      .help = "share of a step's samples that are replayed; auto: each kept one once per epoch"},

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "core/rng.h"
+#include "tasks/features.h"
 
 enum { KEYS = 20, LABELS, ORDER }; /* streams of ESP_RNG_DATA */
 
@@ -95,20 +96,61 @@ out:
   return st;
 }
 
+static int64_t share_of(const esp_memory_cfg *c, int64_t count) {
+  int64_t n = llround(c->buffer * (double)count);
+  return n < 1 ? 1 : n;
+}
+
+/* Greedy: the k-th is the x for which (x + sum of those chosen) / k is nearest to the mean m, that is the least
+ * |x|^2 - 2 x (k m - sum). Only as many as there is room for now are worth an order; there is never more later. */
+static esp_status keys_by_herding(const esp_sequence *q, const esp_memory_cfg *c, kept *list, int64_t n) {
+  int64_t d = esp_features_width(q), most = c->buffer >= 1 ? (int64_t)c->buffer / (q->task + 1) + 1 : share_of(c, n);
+  bool counts = esp_backend_counts(q->be);
+  esp_status st = ESP_OK;
+  int64_t *index = esp_mem_alloc(ESP_MEM_HOST, (size_t)n * sizeof *index);
+  float *x = esp_mem_alloc(ESP_MEM_HOST, (size_t)(n * d) * sizeof *x);
+  double *mean = esp_mem_alloc(ESP_MEM_HOST, (size_t)(2 * d + n) * sizeof *mean);
+  if (!index || !x || !mean) ESP_GOTO(ESP_ERR_MEMORY);
+  double *gap = mean + d, *square = gap + d; /* gap: k m - sum */
+  for (int64_t i = 0; i < n; i++) index[i] = list[i].s.index;
+  ESP_GOTO(esp_features_of_samples(q, index, counts && n > q->micro_batch ? q->micro_batch : n, x));
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = 0; j < d; j++) {
+      double v = (double)x[i * d + j];
+      mean[j] += v / (double)n;
+      square[i] += v * v;
+    }
+  for (int64_t k = 0; k < most && k < n && !counts; k++) {
+    int64_t best = -1;
+    double least = INFINITY;
+    for (int64_t j = 0; j < d; j++) gap[j] += mean[j];
+    for (int64_t i = 0; i < n; i++) {
+      double far = square[i];
+      if (index[i] < 0) continue; /* chosen */
+      for (int64_t j = 0; j < d; j++) far -= 2 * (double)x[i * d + j] * gap[j];
+      if (best < 0 || far < least) least = far, best = i;
+    }
+    for (int64_t j = 0; j < d; j++) gap[j] -= (double)x[best * d + j];
+    index[best] = -1;
+    list[best].key = (double)(k - most); /* before all keys that are random */
+  }
+out:
+  esp_mem_free(index);
+  esp_mem_free(x);
+  esp_mem_free(mean);
+  return st;
+}
+
 static esp_status order_task(const esp_sequence *q, const esp_memory_cfg *c, kept *list, int64_t n) {
   for (int64_t i = 0; i < n; i++) list[i] = (kept){{q->task, i}, random_key(q, q->task, i), 0};
   if (!strcmp(c->sampler, "balanced")) keys_by_label(q, list, n);
   if (!strcmp(c->sampler, "loss") && !esp_backend_counts(q->be)) ESP_TRY(keys_by_loss(q, list, n));
+  if (!strcmp(c->sampler, "herding")) ESP_TRY(keys_by_herding(q, c, list, n));
   qsort(list, (size_t)n, sizeof *list, by_key);
   return ESP_OK;
 }
 
 /* ---- room ---- */
-
-static int64_t share_of(const esp_memory_cfg *c, int64_t count) {
-  int64_t n = llround(c->buffer * (double)count);
-  return n < 1 ? 1 : n;
-}
 
 /* Cuts every task's list to its part; list: by task, each in its order. */
 static int64_t cut(const esp_sequence *q, const esp_memory_cfg *c, kept *list, int64_t n) {

@@ -1,8 +1,9 @@
 /* What is kept of finished tasks and how it is replayed: sizes, fairness of the reservoir, labels in balance, largest
- * losses, the bound in bytes, nothing given up comes back; and a step with replay has the gradient of the mean over own
- * and replayed tokens.
- * Mutation seen caught: `draw` (replay.c) without adding the replayed weight. */
+ * losses, herding against brute force in fp64, the bound in bytes, nothing given up comes back; and a step with replay
+ * has the gradient of the mean over own and replayed tokens. Mutation seen caught: `draw` (replay.c) without adding the
+ * replayed weight. */
 #include "strategy_fixture.h"
+#include "tasks/features.h"
 #include "tasks/memory.h"
 
 static const char *const replay[] = {"replay"};
@@ -39,8 +40,8 @@ static void sizes(void **state) {
   esp_strategy_cfg cfg = config(7, "reservoir");
   sf_open(&f, NULL, &cfg);
   bool one[SF_TASKS][SF_SAMPLES], two[SF_TASKS][SF_SAMPLES];
-  static const char *const samplers[] = {"reservoir", "balanced", "loss"};
-  for (int k = 0; k < 3; k++) {
+  static const char *const samplers[] = {"reservoir", "balanced", "loss", "herding"};
+  for (int k = 0; k < 4; k++) {
     esp_memory_cfg share = {0.25, 0, samplers[k]}, all = {7, 0, samplers[k]};
     fill(&f, &share, 3, two);
     for (int t = 0; t < 3; t++) assert_int_equal(count_of(&f.set.list[0], t), 3);
@@ -100,6 +101,51 @@ static void chosen_ones(void **state) {
     if (!kept[0][i] && l > largest) largest = l;
   }
   assert_true(smallest >= largest - 1e-6);
+  sf_close(&f);
+}
+
+/* |mean(x of chosen and i) - mean(x)|, written as it is defined. */
+static double herding_gap(const float *x, int64_t d, const int *chosen, int n, int i) {
+  double sum = 0;
+  for (int64_t j = 0; j < d; j++) {
+    double mean = 0, own = (double)x[i * d + j];
+    for (int k = 0; k < SF_SAMPLES; k++) mean += (double)x[k * d + j] / SF_SAMPLES;
+    for (int k = 0; k < n; k++) own += (double)x[chosen[k] * d + j];
+    sum += (own / (n + 1) - mean) * (own / (n + 1) - mean);
+  }
+  return sqrt(sum);
+}
+
+/* Order and choice of the greedy rule; an adapter that is not zero has no part in it; with room for fewer its first. */
+static void herding(void **state) {
+  sf f;
+  esp_strategy_cfg cfg = config(6, "herding");
+  sf_open(&f, NULL, &cfg);
+  fx_shake(f.a, 0.3f, 4);
+  bool kept[SF_TASKS][SF_SAMPLES];
+  esp_memory_cfg c = {6, 0, "herding"};
+  fill(&f, &c, 1, kept);
+  int64_t index[SF_SAMPLES], d = esp_features_width(&f.q);
+  for (int i = 0; i < SF_SAMPLES; i++) index[i] = i;
+  float *x = esp_mem_alloc(ESP_MEM_HOST, (size_t)(SF_SAMPLES * d) * sizeof *x);
+  OK(esp_features_of_samples(&f.q, index, SF_SAMPLES, x));
+  int chosen[6];
+  for (int n = 0; n < 6; n++) {
+    double least = INFINITY;
+    for (int i = 0; i < SF_SAMPLES; i++) {
+      bool again = false;
+      for (int k = 0; k < n; k++) again |= chosen[k] == i;
+      double gap = herding_gap(x, d, chosen, n, i);
+      if (!again && gap < least) least = gap, chosen[n] = i;
+    }
+    int got = (int)esp_memory_at(&f.set.list[0], n).index;
+    assert_true(herding_gap(x, d, chosen, n, got) <= least * (1 + 1e-9));
+    chosen[n] = got;
+  }
+  esp_mem_free(x);
+  fill(&f, &c, 3, kept);
+  for (int n = 0; n < 2; n++) assert_true(kept[0][chosen[n]]);
+  assert_int_equal(count_of(&f.set.list[0], 0), 2);
   sf_close(&f);
 }
 
@@ -179,9 +225,9 @@ static void gradient(void **state) {
 int main(void) {
   fx_setup();
   sf_setup();
-  const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(reservoir_is_fair),
-                                     cmocka_unit_test(chosen_ones), cmocka_unit_test(draws),
-                                     cmocka_unit_test(gradient)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(sizes),       cmocka_unit_test(reservoir_is_fair),
+                                     cmocka_unit_test(chosen_ones), cmocka_unit_test(herding),
+                                     cmocka_unit_test(draws),       cmocka_unit_test(gradient)};
   int failed = cmocka_run_group_tests(tests, NULL, NULL);
   fx_teardown();
   return failed;
