@@ -19,21 +19,34 @@ static void note(const esp_run_options *opt, const char *path, const char *fmt, 
   opt->on_event(opt->ctx, &e);
 }
 
-static esp_status after_merge(const esp_after_step *a, const char *base, const char *adapter,
-                              const esp_run_options *opt) {
-  const char *adapters[] = {adapter};
-  esp_merge_spec spec = {.base = base, .adapters = adapters, .n_adapters = 1, .out = a->out, .dtype = a->dtype};
+static esp_status merge_all(const esp_after_step *a, const esp_merge_spec *spec, const esp_run_options *opt) {
   esp_merge_stats m;
-  ESP_TRY(esp_merge_write(&spec, &m));
+  ESP_TRY(esp_merge_write(spec, &m));
   note(opt, a->out, "merged into %s: %lld tensors, %lld changed", a->out, (long long)m.tensors, (long long)m.changed);
   if (a->verify <= 0) return ESP_OK;
   esp_verify_stats v;
-  ESP_TRY(esp_merge_verify(&spec, a->verify, &v));
+  ESP_TRY(esp_merge_verify(spec, a->verify, &v));
   note(opt, a->out,
        "merged against unmerged on %lld rows: largest logit difference %.3g (%.3g of the largest logit), same top "
        "token on %.2f%%",
        (long long)v.rows, v.max_abs, v.max_rel, 100 * v.top1_agreement);
   return ESP_OK;
+}
+
+/* The last adapter, or all of them where the policy stacks them. */
+static esp_status after_merge(const esp_recipe *r, const esp_after_step *a, const char *base,
+                              const esp_run_options *opt) {
+  int first = r->continual.policy == ESP_POLICY_STACK ? 0 : r->n_tasks - 1, n = r->n_tasks - first;
+  const char **adapters = esp_mem_alloc(ESP_MEM_HOST, (size_t)n * sizeof *adapters);
+  char *paths = esp_mem_alloc(ESP_MEM_HOST, (size_t)n * ESP_PATH);
+  esp_status st = adapters && paths ? ESP_OK : ESP_ERR_MEMORY;
+  for (int i = 0; st == ESP_OK && i < n; i++)
+    adapters[i] = esp_train_adapter(r, first + i, paths + (size_t)i * ESP_PATH);
+  esp_merge_spec spec = {.base = base, .adapters = adapters, .n_adapters = n, .out = a->out, .dtype = a->dtype};
+  if (st == ESP_OK) st = merge_all(a, &spec, opt);
+  esp_mem_free(adapters);
+  esp_mem_free(paths);
+  return st;
 }
 
 static esp_status after_export(const esp_after_step *a, const char *base, const char *adapter,
@@ -55,7 +68,7 @@ esp_status esp_api_after(const esp_recipe *r, const esp_run_options *opt) {
     const esp_after_step *a = &r->after[i];
     switch (a->kind) {
     case ESP_AFTER_MERGE:
-      ESP_TRY(after_merge(a, base, adapter, opt));
+      ESP_TRY(after_merge(r, a, base, opt));
       break;
     case ESP_AFTER_MERGE_TASKS:
       ESP_TRY(esp_api_merge_tasks(r, i));

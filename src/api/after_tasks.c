@@ -192,6 +192,15 @@ esp_status esp_api_merge_tasks(const esp_recipe *r, int step) {
 }
 
 esp_status esp_api_after_check(const esp_recipe *r) {
+  bool bank = esp_strategies_have(&r->continual.strategy, ESP_STRATEGY_BANK);
+  bool stack = r->continual.policy == ESP_POLICY_STACK;
+  for (int i = 0; i < r->n_after; i++)
+    if (r->n_tasks > 1 &&
+        ((r->after[i].kind == ESP_AFTER_MERGE && bank) || (r->after[i].kind == ESP_AFTER_EXPORT && (bank || stack))))
+      return esp_fail(ESP_ERR_RECIPE,
+                      "%s: after[%d]: the run ends with an adapter for each task, not with one (merge_tasks "
+                      "makes one of them)",
+                      r->path ? r->path : "recipe", i);
   for (int i = 0; i < r->n_after; i++)
     if (r->after[i].kind == ESP_AFTER_MERGE_TASKS) {
       esp_status st = run(r, i, true);

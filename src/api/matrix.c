@@ -30,7 +30,8 @@ esp_status esp_run_matrix(const char *run_dir, const esp_matrix_options *options
   esp_matrix **others = NULL;
   esp_curve_summary curve;
   esp_reference_summary reference;
-  esp_matrix_view view = {.formulas = true, .curve = &curve, .window = o->window > 0 ? (double)o->window : ESP_RUN_WINDOW};
+  esp_matrix_view view = {
+      .formulas = true, .curve = &curve, .window = o->window > 0 ? (double)o->window : ESP_RUN_WINDOW};
   esp_strbuf b;
   esp_strbuf_init(&b);
   *text = NULL;

@@ -79,14 +79,13 @@ out:
 
 /* For a plan there are no files: adapters of the same shapes. */
 static esp_status load_earlier(esp_engine *e) {
-  char folder[ESP_PATH], dir[ESP_PATH];
-  esp_path_join(folder, sizeof folder, e->r->checkpoint.output_dir, "adapters");
+  char dir[ESP_PATH];
   for (int i = 0; i < e->n_earlier; i++) {
     const esp_recipe_task *t = &e->r->tasks[i];
     if (esp_backend_counts(e->be))
       ESP_TRY(esp_adapter_create(e->model, &t->adapter, t->name, false, &e->bank[i]));
     else
-      ESP_TRY(esp_adapter_load(e->model, esp_path_join(dir, sizeof dir, folder, t->name), t->name, false, &e->bank[i]));
+      ESP_TRY(esp_adapter_load(e->model, esp_train_adapter(e->r, i, dir), t->name, false, &e->bank[i]));
   }
   return ESP_OK;
 }

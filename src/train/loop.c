@@ -278,7 +278,7 @@ static esp_status next_task(esp_loop *l, int task) {
   ESP_TRY(esp_comm_agree(l->comm, esp_strategies_hand_over(&l->engine.strategies, &l->engine.sequence)));
   if (l->r->continual.policy == ESP_POLICY_MERGE_THEN_NEW) {
     ESP_TRY(esp_rundir_base(l, base));
-    esp_path_join(path, sizeof path, esp_path_join(folder, sizeof folder, dir, "adapters"), l->r->tasks[task].name);
+    esp_train_adapter(l->r, task, path);
     snprintf(rel, sizeof rel, "bases/%s", l->r->tasks[task].name);
     esp_path_join(merged, sizeof merged, dir, rel);
     esp_status st = ESP_OK;

@@ -75,6 +75,12 @@ esp_status esp_rundir_base(const esp_loop *l, char out[ESP_PATH]) {
   return ESP_OK;
 }
 
+char *esp_train_adapter(const esp_recipe *r, int i, char path[ESP_PATH]) {
+  char folder[ESP_PATH];
+  esp_path_join(folder, sizeof folder, r->checkpoint.output_dir, "adapters");
+  return esp_path_join(path, ESP_PATH, folder, r->tasks[i].name);
+}
+
 esp_status esp_train_last(const esp_recipe *r, char base[ESP_PATH], char adapter[ESP_PATH]) {
   char rel[ESP_PATH];
   snprintf(base, ESP_PATH, "%s", r->model.base_model);
@@ -82,9 +88,7 @@ esp_status esp_train_last(const esp_recipe *r, char base[ESP_PATH], char adapter
     snprintf(rel, sizeof rel, "bases/%s", r->tasks[r->n_tasks - 2].name);
     esp_path_join(base, ESP_PATH, r->checkpoint.output_dir, rel);
   }
-  snprintf(rel, sizeof rel, "adapters/%s", r->tasks[r->n_tasks - 1].name);
-  esp_path_join(adapter, ESP_PATH, r->checkpoint.output_dir, rel);
-  if (!esp_dir_exists(adapter))
+  if (!esp_dir_exists(esp_train_adapter(r, r->n_tasks - 1, adapter)))
     return esp_fail(ESP_ERR_DATA, "%s: the run has not finished its last task", r->checkpoint.output_dir);
   return ESP_OK;
 }

@@ -164,6 +164,8 @@ int64_t esp_memory_limit(const esp_recipe *r);
 esp_status esp_train_run(const esp_recipe *r, esp_comm *comm, const esp_train_hooks *hooks, bool resume,
                          const esp_run_options *opt, esp_run_result *result);
 /* base model directory that the last task was trained on, and the last adapter directory (for `after`). */
+/* The directory of task i's adapter; answers path. */
+char *esp_train_adapter(const esp_recipe *r, int i, char path[ESP_PATH]);
 esp_status esp_train_last(const esp_recipe *r, char base[ESP_PATH], char adapter[ESP_PATH]);
 
 #endif

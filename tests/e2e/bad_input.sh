@@ -391,6 +391,7 @@ bad "selector on one adapter" 2 "bank chooses among the adapters of tasks, which
 bad "selector that is none" 2 "continual.bank.selector: 'best' is not one of" $no run r.yaml continual.bank.selector=best
 bad "several of the nearest" 2 "continual.bank.top_k: only the selector keys weights" $no run r.yaml continual.strategy=bank continual.policy=new_per_task continual.bank.top_k=2
 bad "adapters chosen by row that are not by row" 2 "cannot be chosen per row" $no run r.yaml continual.strategy=bank continual.policy=new_per_task 'adapter.modules_to_save=[lm_head]'
+bad "one export of many adapters" 2 "after.0.: the run ends with an adapter for each task" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.policy=stack 'after=[export: {out: e}]'
 bad "replay with one task" 2 "replay has nothing to replay with one task" $no run r.yaml continual.strategy=replay
 bad "replay of half a sample" 2 "replay.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=replay continual.replay.buffer=1.5
 bad "replay of nothing but the past" 2 "continual.replay.ratio: 1 is out of range" $no run r.yaml continual.replay.ratio=1
@@ -406,7 +407,6 @@ bad "general samples of nowhere" 2 "continual.gere.data.path: the general sample
 bad "general samples that are not there" 3 "continual.gere.data: .*nothere.jsonl" $no run r.yaml continual.strategy=gere continual.gere.data.path=nothere.jsonl
 bad "a general loss that is none" 2 "continual.gere.loss: 'l3' is not one of" $no run r.yaml continual.gere.loss=l3
 bad "a teacher with another head" 2 "lwf makes the teacher's logits with the frozen head, the adapter changes lm_head" $no run r.yaml continual.strategy=lwf 'adapter.modules_to_save=[lm_head]'
-bad "replay of nothing but the past" 2 "continual.replay.ratio.*1" $no run r.yaml continual.strategy=replay continual.replay.ratio=1
 bad "report of runs of which one is none" 3 "empty.*no run" $no report run empty
 bad "report to the terminal and a file" 2 "text.*out" $no report run --text --out x.html
 bad "report of a sweep that names no runs" 3 "sweep.json.*names no runs" "echo '{}' >empty/sweep.json" report empty
