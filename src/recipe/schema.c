@@ -374,6 +374,7 @@ static const esp_key continual_keys[] = {
     {"ewc", ESP_T_OBJECT, .object = &esp_schema_ewc},
     {"si", ESP_T_OBJECT, .object = &esp_schema_si},
     {"group_lasso", ESP_T_OBJECT, .object = &esp_schema_group_lasso},
+    {"reglora", ESP_T_OBJECT, .object = &esp_schema_reglora},
     {"lwf", ESP_T_OBJECT, .object = &esp_schema_lwf},
     {"gpm", ESP_T_OBJECT, .object = &esp_schema_gpm},
     {"nullspace", ESP_T_OBJECT, .object = &esp_schema_nullspace},

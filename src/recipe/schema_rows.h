@@ -34,6 +34,7 @@ extern const esp_object esp_schema_ogd;
 extern const esp_object esp_schema_osf;
 extern const esp_object esp_schema_perturb;
 extern const esp_object esp_schema_refactor;
+extern const esp_object esp_schema_reglora;
 extern const esp_object esp_schema_upgd;
 extern const esp_object esp_schema_replay;
 extern const esp_object esp_schema_si;

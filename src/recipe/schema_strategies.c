@@ -141,3 +141,11 @@ static const esp_key group_lasso_keys[] = {
      RANGE(0, 1e6), .help = "alpha of alpha sum_layers |theta_layer|"},
 };
 STRATEGY(group_lasso, "Strategy group_lasso: whole layers of the adapter are drawn to zero.");
+
+static const esp_key reglora_keys[] = {
+    {"weight", ESP_T_NUMBER, AT(continual.strategy.reglora.weight), .def = "2500", .flags = ESP_K_ABOVE_MIN,
+     RANGE(0, 1e12), .help = "of the mean over matrices of mean |B A| at the kept entries"},
+    {"share", ESP_T_NUMBER, AT(continual.strategy.reglora.share), .def = "0.02", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1),
+     .help = "of a matrix's entries, those of the largest |B A|, that a finished task adds to its set"},
+};
+STRATEGY(reglora, "Strategy reglora: entries of W that earlier tasks changed most are changed little.");

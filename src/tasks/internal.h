@@ -20,6 +20,7 @@ extern const esp_strategy_kind esp_strategy_refactor;
 extern const esp_strategy_kind esp_strategy_perturb;
 extern const esp_strategy_kind esp_strategy_upgd;
 extern const esp_strategy_kind esp_strategy_migu;
+extern const esp_strategy_kind esp_strategy_reglora;
 extern const esp_strategy_kind esp_strategy_replay;
 extern const esp_strategy_kind esp_strategy_si;
 

@@ -13,6 +13,7 @@ static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_ewc,
     &esp_strategy_si,
     &esp_strategy_group_lasso,
+    &esp_strategy_reglora,
     &esp_strategy_lwf,
     &esp_strategy_seqkd,
     &esp_strategy_gere,

@@ -102,6 +102,9 @@ typedef struct esp_strategy_cfg {
     double weight;
   } group_lasso;
   struct {
+    double weight, share; /* of the entries of a matrix that a task adds to its set */
+  } reglora;
+  struct {
     double energy;           /* share of the inputs' squared length that bases hold */
     int64_t samples, tokens; /* of each task; rows of each layer's input */
   } gpm, nullspace;

@@ -347,6 +347,9 @@ bad "refactor of no factors" 2 "refactor is for lora and o-lora, full has no fac
 bad "perturbed at no time" 2 "continual.perturb.when.*never.*step.*task" $no run r.yaml continual.perturb.when=never
 bad "shrunk below nothing" 2 "continual.perturb.weight: 2 takes away more than there is" $no run r.yaml continual.strategy=perturb 'continual.perturb={when: task, weight: 2}'
 bad "a utility that remembers everything" 2 "continual.upgd.beta" $no run r.yaml continual.upgd.beta=1
+bad "reglora with one task" 2 "reglora has nothing to do with one task" $no run r.yaml continual.strategy=reglora
+bad "reglora of one LoRA through all tasks" 2 "reglora wants factors of its own for each task" "edit 's/^tasks:/&\\n  - {name: z, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=reglora
+bad "more entries than a matrix has" 2 "continual.reglora.share" $no run r.yaml continual.reglora.share=1.5
 bad "gpm with one task" 2 "gpm has nothing to do with one task" $no run r.yaml continual.strategy=gpm
 bad "bases of more than everything" 2 "continual.gpm.energy" $no run r.yaml continual.gpm.energy=1.5
 bad "a null space of a kind without matrices" 2 "nullspace is for lora, o-lora, layers and full, not for dora" "edit 's/^tasks:/&\\n  - {name: z, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=nullspace adapter.type=dora
