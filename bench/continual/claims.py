@@ -1,0 +1,475 @@
+#!/usr/bin/env python3
+"""Claims of the literature, each at small scale over three seeds: what docs/claims.md judges.
+
+    bench/continual/claims.py --espalier build/release/bin/espalier [--data FOLDER] [--cache FOLDER] [--jobs N]
+                              [--only NAME,NAME] [--out FILE.md]
+
+The cache is the one of prepare.py, which comes first; runs are kept below CACHE/claims and not repeated. --data holds
+gsm8k/ and e2e/ ({train,test}.jsonl with prompt and completion): texts that the base has never seen, made into corpora
+the first time. --out gets all tables of runs that are there. Means are ± the sample standard deviation over seeds."""
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import re
+import statistics
+import struct
+import subprocess
+
+SEEDS = (1, 2, 3)
+QUESTION = {"agnews": "What topic?", "dbpedia": "What is it?", "trec6": "What kind of answer?",
+            "clinc_domains": "Which domain?", "yelp": "Good or bad?"}
+THREE = ("agnews", "dbpedia", "trec6")
+
+
+# ---- ground -------------------------------------------------------------------------------------------------------
+
+def rows(path):
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def write(path, items):
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    os.replace(path + ".part", path)
+
+
+def make_data(a):
+    """Halves of one task, random pairs, and corpora of text, in CACHE/claims/data."""
+    folder = f"{a.cache}/claims/data"
+    if os.path.exists(f"{folder}/general.jsonl"):
+        return
+    if not a.data:
+        raise SystemExit("claims.py: the first time --data must name the folder that holds gsm8k/ and e2e/")
+    os.makedirs(folder, exist_ok=True)
+    for split in ("train", "test"):
+        items = rows(f"{a.cache}/data/agnews.{split}.jsonl")
+        for half in (0, 1):
+            write(f"{folder}/agnews_{'ab'[half]}.{split}.jsonl", items[half::2])
+        solved = rows(f"{a.data}/gsm8k/{split}.jsonl")[:900 if split == "train" else 60]
+        write(f"{folder}/questions.{split}.jsonl", [{"text": r["prompt"]} for r in solved])
+        write(f"{folder}/solutions.{split}.jsonl", [{"text": r["completion"]} for r in solved])
+    # Four short sentences a row, so that this corpus has as many tokens as the others, about. Answers to one question are
+    # kept together: none is in both parts but where two questions have the same answer.
+    lines = [r["completion"] for r in rows(f"{a.data}/e2e/train.jsonl")]
+    meals = [{"text": " ".join(lines[i:i + 4])} for i in range(0, len(lines) - 3, 4)]
+    write(f"{folder}/meals.train.jsonl", meals[:900])
+    write(f"{folder}/meals.test.jsonl", meals[-60:])
+    rng = random.Random(3)
+    word = lambda: "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(6))
+    write(f"{folder}/pairs.jsonl", [{"prompt": word() + " ", "completion": word()} for _ in range(160)])
+    corpus = [r for r in rows(f"{a.cache}/corpus.jsonl") if 150 < len(r["text"]) < 400]
+    write(f"{folder}/general.jsonl", corpus[:60])
+
+
+# ---- recipes and runs ---------------------------------------------------------------------------------------------
+
+def classification(name, data=None):
+    folder = f"../data/{name}" if data is None else f"data/{data}"
+    template = json.dumps("{text}\n" + QUESTION[name] + "\n")
+    return {"train": f"{{path: {folder}.train.jsonl, format: classification, prompt_template: {template}}}",
+            "test": f"path: {folder}.test.jsonl, format: classification, prompt_template: {template}"}
+
+
+def recipe(a, name, sets, tasks):
+    """sets: {name: (test part, metric, limit)}; tasks: [(name, train part, evaluation set)]."""
+    path = f"{a.cache}/claims/{name}.yaml"
+    text = f"""name: {name}
+model: {{base_model: ../base, dtype: bf16}}
+adapter: {{type: lora, r: 16, alpha: 32, target: all-linear}}
+data: {{sequence_len: 128, packing: bfd, overlong: truncate_end}}
+optim: {{name: adamw, lr: 2e-3, max_grad_norm: 1.0}}
+schedule: {{name: cosine, warmup: 10%, min_lr_ratio: 0.1}}
+train: {{max_steps: 60, micro_batch_size: 8}}
+eval:
+  midway: all
+  sets:
+"""
+    for set_name, (part, metric, limit) in sets.items():
+        text += f"    - {{name: {set_name}, {part}, metric: {metric}, limit: {limit}}}\n"
+    text += "tasks:\n"
+    for task, part, evaluated in tasks:
+        text += f"  - {{name: {task}, data: [{part}], eval: {evaluated}}}\n"
+    text += "log: {every: 20, to: [jsonl]}\ncheckpoint: {every: task, keep: 1}\n"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
+    return path
+
+
+def corpus(name):
+    return f"{{path: data/{name}.train.jsonl, format: text}}"
+
+
+def corpus_set(name):
+    return (f"path: data/{name}.{'test.' if name != 'general' else ''}jsonl, format: text", "perplexity", 60)
+
+
+class Run:
+    """One run's measurements: evaluations {set: [(step, score)]} in the order of time, and the training log."""
+
+    def __init__(self, path):
+        self.path, self.evals, self.log, self.rows = path, {}, [], []
+        for line in rows(f"{path}/metrics.jsonl"):
+            if "eval" in line:
+                score = math.log(line["score"]) if line["metric"] == "perplexity" else line["score"]
+                self.evals.setdefault(line["eval"], []).append((line["step"], score))
+            elif "loss" in line:
+                self.log.append(line)
+        with open(f"{path}/matrix.json", encoding="utf-8") as f:
+            self.matrix = json.load(f)
+        with open(f"{path}/result.json", encoding="utf-8") as f:
+            self.result = json.load(f)
+
+    def at(self, name, step):
+        return next(score for s, score in self.evals[name] if s == step)
+
+    def last(self, name):
+        return self.evals[name][-1][1]
+
+
+def sweep(a, name, recipe_path, variants, common=()):
+    """Trains what is missing; {variant: [Run of each seed]}, or nothing where runs are missing after --report."""
+    out = f"{a.cache}/claims/{name}"
+    if not a.report:
+        command = [a.espalier, "sweep", recipe_path, *common, "--out", out, "--jobs", str(a.jobs), "--seeds",
+                   ",".join(map(str, SEEDS)), "--set", " | ".join(f"{v}: {k}" for v, k in variants.items()), "--quiet"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = {}
+    for variant in variants:
+        for seed in SEEDS:
+            for folder in (f"{out}/{variant}.s{seed}", f"{out}/{variant}.order1.s{seed}"):
+                if os.path.exists(f"{folder}/result.json"):
+                    found.setdefault(variant, []).append(Run(folder))
+    if any(len(found.get(v, [])) != len(SEEDS) for v in variants):
+        raise LookupError(name)
+    return found
+
+
+# ---- numbers and tables -------------------------------------------------------------------------------------------
+
+def stat(values, digits=3, sign=False):
+    values = list(values)
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):{'+' if sign else ''}.{digits}f} ±{spread:.{digits}f}"
+
+
+def table(head, lines):
+    text = "| " + " | ".join(head) + " |\n|---" + "|---:" * (len(head) - 1) + "|\n"
+    return text + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def fit(xs, ys):
+    """Least squares y = a x + b; slope, R^2."""
+    mx, my = statistics.fmean(xs), statistics.fmean(ys)
+    slope = sum((x - mx) * (y - my) for x, y in zip(xs, ys)) / sum((x - mx) ** 2 for x in xs)
+    rest = sum((y - my - slope * (x - mx)) ** 2 for x, y in zip(xs, ys))
+    return slope, 1 - rest / sum((y - my) ** 2 for y in ys)
+
+
+def solve(matrix, right):
+    n = len(right)
+    m = [row[:] + [right[i]] for i, row in enumerate(matrix)]
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda r: abs(m[r][i]))
+        m[i], m[pivot] = m[pivot], m[i]
+        for r in range(n):
+            if r != i:
+                factor = m[r][i] / m[i][i]
+                m[r] = [x - factor * y for x, y in zip(m[r], m[i])]
+    return [m[i][n] / m[i][i] for i in range(n)]
+
+
+def fit_many(features, ys):
+    """R^2 of least squares on several features with a constant."""
+    x = [[1.0, *f] for f in features]
+    n = len(x[0])
+    beta = solve([[sum(r[i] * r[j] for r in x) for j in range(n)] for i in range(n)],
+                 [sum(r[i] * y for r, y in zip(x, ys)) for i in range(n)])
+    predicted = [sum(b * v for b, v in zip(beta, r)) for r in x]
+    mean = statistics.fmean(ys)
+    return 1 - sum((y - p) ** 2 for y, p in zip(ys, predicted)) / sum((y - mean) ** 2 for y in ys)
+
+
+# ---- the claims ---------------------------------------------------------------------------------------------------
+
+def three_tasks(a, name):
+    sets = {t: (classification(t)["test"], "choice", "all") for t in THREE}
+    sets["general"] = corpus_set("general")
+    return recipe(a, name, sets, [(t, classification(t)["train"], t) for t in THREE])
+
+
+def rank(a):
+    """R8: rank against forgetting when the adapter is merged after every task."""
+    runs = sweep(a, "rank", three_tasks(a, "rank"),
+                 {f"r{r}": f"adapter.r={r}; adapter.alpha={2 * r}" for r in (1, 4, 16, 64)},
+                 ["continual.policy=merge_then_new"])
+    lines = [(v, stat(r.last("general") - r.at("general", 0) for r in rs), stat(r.matrix["forgetting"] for r in rs),
+              stat(r.matrix["learning_acc"] for r in rs), stat(r.matrix["acc"] for r in rs)) for v, rs in runs.items()]
+    return table(("rank", "general text, nats worse than the base", "forgetting", "learning", "ACC"), lines)
+
+
+def gap(a):
+    """R11: inside a task scores fall below both of its ends, the more the less alike the tasks are."""
+    def pair(second):
+        first = classification("agnews", "agnews_a")
+        other = classification("agnews", "agnews_b") if second == "agnews_b" else classification(second)
+        return recipe(a, f"gap_{second}", {"first": (first["test"], "perplexity", 60),
+                                           "second": (other["test"], "perplexity", 60)},
+                      [("first", first["train"], "first"), ("second", other["train"], "second")])
+    lines = []
+    for second in ("agnews_b", "dbpedia", "yelp"):
+        runs = sweep(a, f"gap_{second}", pair(second),
+                     {"naive": "", "replay": "continual.strategy=replay; continual.replay.buffer=20%",
+                      "ewc": "continual.strategy=ewc; continual.ewc.weight=30; continual.ewc.samples=128"},
+                     ["train.max_steps=40", "eval.dense_steps=30", "eval.dense_every=2", "eval.midway=seen"])
+        for v, rs in runs.items():
+            before = [r.at("first", 40) for r in rs]
+            inside = [max(s for step, s in r.evals["first"] if 40 < step < 80) for r in rs]
+            after = [r.last("first") for r in rs]
+            depth = [max(0.0, i - max(b, e)) for b, i, e in zip(before, inside, after)]
+            lines.append((f"agnews -> {second}", v, stat(before), stat(inside), stat(after), stat(depth)))
+    return table(("pair", "strategy", "before", "worst inside", "at the end", "depth below both ends"), lines)
+
+
+def scaling(a):
+    """R9: forgetting against fine-tuning loss, over ranks and steps."""
+    ranks, steps = (1, 4, 16, 64), (20, 40, 60, 80, 100)
+    sets = {"solutions": corpus_set("solutions"),
+            "general": (corpus_set("general")[0], "base_xent", 60)}
+    runs = sweep(a, "scaling", recipe(a, "scaling", sets, [("solutions", corpus("solutions"), "solutions")]),
+                 {f"r{r}": f"adapter.r={r}; adapter.alpha={2 * r}" for r in ranks},
+                 ["train.max_steps=100", "eval.every=20", "schedule.name=constant"])
+    lines, fits, powers = [], [], {"power law": [], "logarithmic": [], "linear": []}
+    for v, rs in runs.items():
+        lines.append((v, rs[0].result["trainable"], *(f"{stat(r.at('solutions', s) for r in rs)} / "
+                      f"{stat(r.at('general', s) - r.at('general', 0) for r in rs)}" for s in (20, 60, 100))))
+    slopes, inner = [], []
+    for i in range(len(SEEDS)):
+        points = [(rs[i].at("solutions", s), rs[i].at("general", s) - rs[i].at("general", 0), rs[i].result["trainable"], s)
+                  for rs in runs.values() for s in steps]
+        slope, r2 = fit([p[0] for p in points], [p[1] for p in points])
+        slopes.append(slope)
+        fits.append(r2)
+        inner.append(statistics.fmean(fit([p[0] for p in points[j:j + len(steps)]],
+                                          [p[1] for p in points[j:j + len(steps)]])[1]
+                                      for j in range(0, len(points), len(steps))))
+        ys = [max(p[1], 1e-6) for p in points]
+        logs = [(math.log(p[2]), math.log(p[3])) for p in points]
+        mean = statistics.fmean(ys)
+        total = sum((y - mean) ** 2 for y in ys)
+        # The power law is fitted in logarithms and judged, as the others, on the values themselves.
+        x = [[1.0, *f] for f in logs]
+        beta = solve([[sum(r[k] * r[j] for r in x) for j in range(3)] for k in range(3)],
+                     [sum(r[k] * math.log(y) for r, y in zip(x, ys)) for k in range(3)])
+        powers["power law"].append(1 - sum((y - math.exp(sum(b * v for b, v in zip(beta, r)))) ** 2
+                                           for y, r in zip(ys, x)) / total)
+        powers["logarithmic"].append(fit_many(logs, ys))
+        powers["linear"].append(fit_many([(p[2] / 1e5, p[3] / 1e2) for p in points], ys))
+    text = table(("rank", "parameters", "step 20: loss / forgetting", "step 60", "step 100"), lines)
+    text += f"\nForgetting = slope x loss + constant over the {len(ranks) * len(steps)} points of a seed: slope "
+    text += f"{stat(slopes)}, R² {stat(fits)}; within one rank R² {stat(inner)}.\n\n"
+    return text + table(("forgetting as a function of parameters and steps", "R²"),
+                        [(k, stat(v)) for k, v in powers.items()])
+
+
+def compared(a):
+    """One sweep over the three tasks for two claims."""
+    return sweep(a, "three", three_tasks(a, "three"),
+                 {"fast": "", "slow-0.9": "continual.strategy=lae; continual.lae.decay=0.9",
+                  "slow-0.98": "continual.strategy=lae; continual.lae.decay=0.98",
+                  "lambda-0": "adapter.type=o-lora; adapter.orthogonal_lambda=0",
+                  "lambda-0.5": "adapter.type=o-lora; adapter.orthogonal_lambda=0.5"})
+
+
+def slow(a):
+    """R27: the slow copy of the adapter against the trained one, which is the naive run's."""
+    runs = {v: rs for v, rs in compared(a).items() if not v.startswith("lambda")}
+    lines = []
+    for v, rs in runs.items():
+        old = [statistics.fmean((r.last("agnews"), r.last("dbpedia"))) for r in rs]
+        lines.append((v, stat(old), stat(r.last("trec6") for r in rs), stat(r.matrix["acc"] for r in rs)))
+    return table(("deployed", "old tasks", "newest task", "ACC"), lines)
+
+
+def orthogonal(a):
+    """o-lora: are the subspaces orthogonal, and what is forgotten?"""
+    runs = {v: rs for v, rs in compared(a).items() if not v.startswith("slow")}
+    lines = []
+    for v, rs in runs.items():
+        lines.append((v, "-" if v == "fast" else stat((overlap(r.path) for r in rs), 4),
+                      stat(r.matrix["forgetting"] for r in rs), stat(r.matrix["learning_acc"] for r in rs),
+                      stat(r.matrix["acc"] for r in rs)))
+    return table(("variant (fast: one LoRA)", "mean abs. cosine of rows of A of different tasks", "forgetting", "learning", "ACC"), lines)
+
+
+def overlap(path):
+    with open(f"{path}/adapters/{THREE[-1]}/adapter_model.safetensors", "rb") as f:
+        length = struct.unpack("<Q", f.read(8))[0]
+        header, data = json.loads(f.read(length)), f.read()
+    modules = {}
+    for name, entry in header.items():
+        match = re.search(r"^(.*)\.lora_A\.(\d+)\.weight$", name)
+        if match and "q_proj" in name:  # of each layer one module: this is plain Python
+            begin, end = entry["data_offsets"]
+            values = struct.unpack(f"<{(end - begin) // 4}f", data[begin:end])
+            width = entry["shape"][1]
+            vectors = [values[i:i + width] for i in range(0, len(values), width)]
+            norms = [math.sqrt(sum(x * x for x in v)) for v in vectors]
+            modules.setdefault(match[1], []).append([[x / n for x in v] for v, n in zip(vectors, norms)])
+    return statistics.fmean(abs(sum(x * y for x, y in zip(p, q))) for tasks in modules.values()
+                            for first, second in itertools.combinations(tasks, 2) for p in first for q in second)
+
+
+def memory(a):
+    """MoRA memorises random pairs faster than LoRA at equal parameters?"""
+    part = "{path: data/pairs.jsonl, format: prompt_completion}"
+    sets = {"pairs": ("path: data/pairs.jsonl, format: prompt_completion", "perplexity", "all")}
+    kinds = {"lora": "adapter.type=lora", "mora-sharing": "adapter.type=mora; adapter.mora_type=sharing",
+             "mora-rotation": "adapter.type=mora; adapter.mora_type=rotation"}
+    runs = sweep(a, "memory", recipe(a, "memory", sets, [("pairs", part, "pairs")]),
+                 {f"{k}-{lr}": f"{s}; optim.lr={lr}" for k, s in kinds.items() for lr in ("2e-3", "6e-3")},
+                 ["train.max_steps=150", "eval.every=30", "schedule.name=constant", "adapter.r=8", "adapter.alpha=16"])
+    lines = [(v, rs[0].result["trainable"], *(stat(r.at("pairs", s) for r in rs) for s in (30, 60, 90, 120, 150)),
+              stat(statistics.fmean(line["accuracy"] for line in r.log[-8:]) for r in rs)) for v, rs in runs.items()]
+    return table(("kind and learning rate", "parameters", "NLL per token, step 30", "60", "90", "120", "150",
+                  "tokens right in the last steps"), lines)
+
+
+def budget(a):
+    """AdaLoRA, growing and moving ranks against uniform LoRA at one final budget."""
+    sets, tasks = {}, ("agnews", "clinc_domains")
+    for t in tasks:
+        sets[t] = (classification(t)["test"], "choice", "all")
+    for t in tasks:
+        sets[f"{t}_nll"] = (classification(t)["test"], "perplexity", "all")
+    kinds = {"lora": "adapter.type=lora; adapter.r=4; adapter.alpha=8",
+             "adalora": "adapter.type=adalora; adapter.r=8; adapter.target_r=4; adapter.alpha=64; adapter.interval=5",
+             "increlora": "adapter.type=increlora; adapter.r=2; adapter.target_r=4; adapter.alpha=32; adapter.interval=5; adapter.orth_weight=0.1",
+             "elalora": "adapter.type=elalora; adapter.r=4; adapter.alpha=32; adapter.interval=5; adapter.elastic_share=0.2; adapter.orth_weight=0.1"}
+    runs = sweep(a, "budget", recipe(a, "budget", sets, [(t, classification(t)["train"], t) for t in tasks]),
+                 {f"{k}-{lr}": f"{s}; optim.lr={lr}" for k, s in kinds.items() for lr in ("2e-3", "5e-3")},
+                 ["continual.policy=joint", "train.max_steps=70"])
+    lines = [(v, stat(statistics.fmean(r.last(t) for t in tasks) for r in rs),
+              stat(statistics.fmean(r.last(f"{t}_nll") for t in tasks) for r in rs)) for v, rs in runs.items()]
+    return table(("kind and learning rate", "accuracy", "NLL of the labels"), lines)
+
+
+def recurring(a):
+    """R23: does a naive sequence over tasks that come again accumulate?"""
+    sets = {t: (classification(t)["test"], "choice", "all") for t in THREE}
+    tasks = [(f"{t}{'' if i == 0 else i + 1}", classification(t)["train"], t) for i in range(4) for t in THREE]
+    runs = sweep(a, "recurring", recipe(a, "recurring", sets, tasks), {"naive": ""},
+                 ["train.max_steps=20", "schedule.name=constant", "optim.lr=1e-3"])["naive"]
+    lines = []
+    for cycle in range(4):
+        ends = [20 * (3 * cycle + i + 1) for i in range(3)]
+        away = [[r.at(t, e) for i, t in enumerate(THREE) for j, e in enumerate(ends) if i != j] for r in runs]
+        lines.append((cycle + 1, stat(statistics.fmean(r.at(t, e) for t in THREE for e in ends) for r in runs),
+                      stat(statistics.fmean(r.at(t, ends[i]) for i, t in enumerate(THREE)) for r in runs),
+                      stat(statistics.fmean(x) for x in away)))
+    return table(("cycle", "mean over tasks and ends of tasks", "task just trained", "the other two"), lines)
+
+
+def rewarm(a):
+    """R12: a learning rate that is raised again on a new corpus."""
+    sets = {"solutions": corpus_set("solutions"), "general": corpus_set("general")}
+    runs = sweep(a, "rewarm", recipe(a, "rewarm", sets, [("solutions", corpus("solutions"), "solutions")]),
+                 {"stay-1.5e-4": "optim.lr=1.5e-4; schedule.name=constant; schedule.warmup=0",
+                  "to-1e-3": "optim.lr=1e-3", "to-3e-3": "optim.lr=3e-3",
+                  "to-3e-3-at-once": "optim.lr=3e-3; schedule.warmup=0", "to-3e-3-slowly": "optim.lr=3e-3; schedule.warmup=50%"},
+                 ["adapter.type=full", "eval.every=4", "schedule.min_lr_ratio=0.05"])
+    lines = []
+    for v, rs in runs.items():
+        top = lambda name: stat(max(s for _, s in r.evals[name]) - r.at(name, 0) for r in rs)
+        lines.append((v, top("solutions"), stat(r.last("solutions") for r in rs), top("general"),
+                      stat(r.last("general") - r.at("general", 0) for r in rs)))
+    return table(("rate", "new corpus: highest rise", "loss at the end", "old corpus: highest rise", "rise at the end"), lines)
+
+
+def recombine(a):
+    """R13: re-warming, decay and replay against training on both corpora together."""
+    sets = {c: corpus_set(c) for c in ("meals", "solutions", "general")}
+    tasks = [(c, corpus(c), c) for c in ("meals", "solutions")]
+    runs = sweep(a, "recombine", recipe(a, "recombine", sets, tasks),
+                 {"joint": "continual.policy=joint", "none": "",
+                  **{f"replay-{p}": f"continual.strategy=replay; continual.replay.buffer=50%; continual.replay.ratio={p / 100}"
+                     for p in (5, 25)}}, ["adapter.type=full", "optim.lr=2e-3", "schedule.min_lr_ratio=0.05"])
+    lines = [(v, *(stat(r.last(c) for r in rs) for c in ("meals", "solutions")),
+              stat((r.last("meals") + r.last("solutions")) / 2 for r in rs)) for v, rs in runs.items()]
+    return table(("variant", "first corpus, loss", "second corpus, loss", "mean"), lines)
+
+
+def schedules(a):
+    """R14: the infinite schedule against repeated cosines."""
+    names = ("meals", "questions", "solutions")
+    runs = sweep(a, "schedules", recipe(a, "schedules", {c: corpus_set(c) for c in names}, [(c, corpus(c), c) for c in names]),
+                 {"cosine-per-task": "schedule.name=cosine", "cosine-once": "schedule.name=cosine; schedule.restart=continuous",
+                  "infinite": "schedule.name=infinite; schedule.restart=continuous; schedule.warmup=15; schedule.cooldown=30; schedule.constant_ratio=0.4; schedule.anneal=20%"},
+                 ["adapter.type=full", "optim.lr=2e-3", "schedule.min_lr_ratio=0.05", "train.max_steps=50"])
+    lines = []
+    for v, rs in runs.items():
+        switch = [statistics.fmean((r.at("meals", 100) - r.at("meals", 50), r.at("questions", 150) - r.at("questions", 100)))
+                  for r in rs]
+        lines.append((v, stat(statistics.fmean(r.last(c) for c in names) for r in rs), stat(switch),
+                      *(stat(r.last(c) for r in rs) for c in names)))
+    return table(("schedule", "mean loss at the end", "rise of the last corpus' loss in the next", *names), lines)
+
+
+def strategies(a):
+    """R7, R10, R28: differences between strategies, run by run of the same order and seed, from table.sh's runs."""
+    path = f"{a.cache}/table/sweep.json"
+    if not os.path.exists(path):
+        raise LookupError(path)
+    with open(path, encoding="utf-8") as f:
+        runs = {(r["variant"], r["order"], r["seed"]): r for r in json.load(f)["runs"] if r["finished"]}
+    lines = []
+    for one, other in (("l2", "naive"), ("ewc", "naive"), ("lwf", "naive"), ("l2", "ewc"), ("l2", "lwf"),
+                       ("migu", "naive"), ("o-lora", "naive"), ("bank-nearest", "oracle"), ("bank-nearest", "i-lora")):
+        pairs = [(r, runs[(other, *key[1:])]) for key, r in runs.items() if key[0] == one and (other, *key[1:]) in runs]
+        differences = lambda k: stat((x[k] - y[k] for x, y in pairs), sign=True) if len(pairs) > 1 else "-"
+        lines.append((f"{one} - {other}", len(pairs), *map(differences, ("acc", "forgetting", "learning_acc"))))
+    base = []
+    for key in (k for k in runs if k[0] == "naive"):
+        with open(f"{a.cache}/{runs[key]['dir']}/matrix.json", encoding="utf-8") as f:
+            base.append(statistics.fmean(json.load(f)["rows"][0]))
+    text = table(("difference", "pairs", "ACC", "forgetting", "learning"), lines)
+    return text + f"\nThe untouched base: {stat(base)}.\n"
+
+
+CLAIMS = {"strategies": strategies, "gap": gap, "rank": rank, "memory": memory, "budget": budget, "orthogonal": orthogonal, "slow": slow,
+          "scaling": scaling, "recurring": recurring, "schedules": schedules, "rewarm": rewarm, "recombine": recombine}
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("--espalier", required=True)
+    p.add_argument("--data", help="folder with gsm8k/ and e2e/, needed the first time")
+    p.add_argument("--cache", default=os.environ.get("ESP_BENCH_CACHE", os.path.expanduser("~/.cache/espalier")) + "/continual")
+    p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--only", default=",".join(CLAIMS), help="of " + ", ".join(CLAIMS))
+    p.add_argument("--report", action="store_true", help="train nothing")
+    p.add_argument("--out", help="file for the tables")
+    a = p.parse_args()
+    a.cache, a.espalier = os.path.abspath(a.cache), os.path.abspath(a.espalier)
+    make_data(a)
+    text = ""
+    for name in a.only.split(","):
+        try:
+            part = f"## {name}\n\n{CLAIMS[name].__doc__}\n\n{CLAIMS[name](a)}\n"
+        except LookupError:
+            part = f"## {name}\n\n{CLAIMS[name].__doc__}\n\nNot run.\n\n"
+        print(part, flush=True)
+        text += part
+    if a.out:
+        with open(a.out, "w", encoding="utf-8") as f:
+            f.write("# Claims: the numbers\n\nWritten by `bench/continual/claims.py`; what they mean: "
+                    "[docs/claims.md](../../docs/claims.md). Losses are in nats per token, ± is the sample standard\n"
+                    "deviation over three seeds.\n\n" + text.rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
