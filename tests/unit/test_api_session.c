@@ -217,8 +217,7 @@ static void test_files(void **state) {
   snprintf(adapter, sizeof adapter, "%s/adapters/a", run);
   snprintf(out, sizeof out, "%s/merged2", root);
   adapters[0] = adapter;
-  esp_merge_options m = {
-      .base = model, .inputs = adapters, .n_inputs = 1, .out = out, .dtype = "fp32", .verify = 2};
+  esp_merge_options m = {.base = model, .inputs = adapters, .n_inputs = 1, .out = out, .dtype = "fp32", .verify = 2};
   esp_merge_result mr;
   ok(esp_merge(&m, &mr));
   assert_true(mr.changed > 0 && mr.rows > 0 && mr.max_rel < 1e-4);

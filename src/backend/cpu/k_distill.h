@@ -56,52 +56,64 @@ static double k_distill(const esp_distill_args *a, int64_t r) {
   return a->softcap > 0 ? distill_row(a, r, a->softcap) : distill_row(a, r, 0.0f);
 }
 
-/* The loss of one element before it is divided, and its slope. */
-INLINE float hidden_element(esp_hidden_loss kind, float x, float h, float low, float high, float *slope) {
-  float e = x - h, over = x - high, under = low - x;
-  *slope = 0;
-  switch (kind) {
-  case ESP_HIDDEN_L2:
-    *slope = 2 * e;
-    return e * e;
-  case ESP_HIDDEN_L1:
-    *slope = e > 0 ? 1.0f : e < 0 ? -1.0f : 0.0f;
-    return fabsf(e);
-  case ESP_HIDDEN_BELOW:
-    if (e > 0) return 0;
-    *slope = 2 * e;
-    return e * e;
-  default: /* low: x - low above 0 is a violation; high: high - x; between: either side */
-    if (h < low) {
-      *slope = under < 0 ? 1.0f : 0.0f;
-      return under < 0 ? -under : under > 0 ? 0.0f : under;
-    }
-    if (h > high) {
-      *slope = over < 0 ? -1.0f : 0.0f;
-      return over < 0 ? -over : over > 0 ? 0.0f : over;
-    }
-    *slope = over > 0 ? 1.0f : under > 0 ? -1.0f : 0.0f;
-    return over > 0 ? over : under > 0 ? under : 0.0f;
+/* e = x - h: the losses of a register's elements before they are divided, and their slopes. */
+INLINE vf hidden_plain(const esp_hidden_loss kind, vf e, vf *slope) {
+  if (kind == ESP_HIDDEN_L1) {
+    *slope = vsel_lt(vset(0), e, vset(1), vsel_lt(e, vset(0), vset(-1), vset(0)));
+    return vabs(e);
   }
+  vf u = kind == ESP_HIDDEN_BELOW ? vmin(vset(0), e) : e;
+  *slope = u + u;
+  return u * u;
 }
-static double k_hidden_loss(const esp_hidden_args *a, int64_t r) {
+INLINE double hidden_plain_row(const esp_hidden_args *a, int64_t r, const esp_hidden_loss kind) {
+  enum { BLOCK = 1024 };
   const void *x = esp_row(&a->x, r), *h = esp_row(&a->teacher, r);
   void *d = a->d.data ? esp_row(&a->d, r) : NULL;
-  bool xb = esp_is_b(&a->x), hb = esp_is_b(&a->teacher), db = d && esp_is_b(&a->d),
-       margin = a->kind == ESP_HIDDEN_MARGIN;
+  bool xb = esp_is_b(&a->x), hb = esp_is_b(&a->teacher), db = d && esp_is_b(&a->d);
+  int64_t n = esp_tensor_cols(&a->x);
+  vf k = vset(a->scale * a->factor * a->weights[r] / (float)n), slope;
+  double sum = 0;
+  for (int64_t b = 0; b < n; b += BLOCK) {
+    vf part = vset(0);
+    VEC_LOOP(i, n - b < BLOCK ? n - b : BLOCK) {
+      part += hidden_plain(kind, ldt(x, b + i, xb, left) - ldt(h, b + i, hb, left), &slope);
+      if (d) stt(d, b + i, db, vfma(k, slope, ldt(d, b + i, db, left)), left);
+    }
+    sum += (double)vhsum(part);
+  }
+  return (double)a->weights[r] * (double)a->factor * sum / (double)n;
+}
+
+/* The margin's loss of one element before it is divided, and its slope. */
+INLINE float margin_element(float x, float h, float low, float high, float *slope) {
+  float over = x - high, under = low - x;
+  if (h < low) { /* under < 0 is a violation */
+    *slope = under < 0 ? 1.0f : 0.0f;
+    return under < 0 ? -under : under > 0 ? 0.0f : under;
+  }
+  if (h > high) {
+    *slope = over < 0 ? -1.0f : 0.0f;
+    return over < 0 ? -over : over > 0 ? 0.0f : over;
+  }
+  *slope = over > 0 ? 1.0f : under > 0 ? -1.0f : 0.0f;
+  return over > 0 ? over : under > 0 ? under : 0.0f;
+}
+INLINE double margin_row(const esp_hidden_args *a, int64_t r) {
+  const void *x = esp_row(&a->x, r), *h = esp_row(&a->teacher, r);
+  void *d = a->d.data ? esp_row(&a->d, r) : NULL;
+  bool xb = esp_is_b(&a->x), hb = esp_is_b(&a->teacher), db = d && esp_is_b(&a->d);
   int64_t n = esp_tensor_cols(&a->x), violated = 0;
   double sum = 0;
   float slope;
   for (int64_t j = 0; j < n; j++) {
-    sum += (double)hidden_element(a->kind, at_t(x, j, xb), at_t(h, j, hb), margin ? a->low[j] : 0,
-                                  margin ? a->high[j] : 0, &slope);
+    sum += (double)margin_element(at_t(x, j, xb), at_t(h, j, hb), a->low[j], a->high[j], &slope);
     violated += slope != 0;
   }
-  if (!margin) violated = n;
   if (violated == 0) return (double)a->weights[r] * sum; /* 0, or what is not a number */
   float k = a->scale * a->factor * a->weights[r] / (float)violated;
   for (int64_t j = 0; d && j < n; j++) {
-    hidden_element(a->kind, at_t(x, j, xb), at_t(h, j, hb), margin ? a->low[j] : 0, margin ? a->high[j] : 0, &slope);
+    margin_element(at_t(x, j, xb), at_t(h, j, hb), a->low[j], a->high[j], &slope);
     float y = at_t(d, j, db) + k * slope;
     if (db)
       ((uint16_t *)d)[j] = esp_f32_to_bf16(y);
@@ -109,4 +121,10 @@ static double k_hidden_loss(const esp_hidden_args *a, int64_t r) {
       ((float *)d)[j] = y;
   }
   return (double)a->weights[r] * (double)a->factor * sum / (double)violated;
+}
+static double k_hidden_loss(const esp_hidden_args *a, int64_t r) {
+  if (a->kind == ESP_HIDDEN_L2) return hidden_plain_row(a, r, ESP_HIDDEN_L2);
+  if (a->kind == ESP_HIDDEN_L1) return hidden_plain_row(a, r, ESP_HIDDEN_L1);
+  if (a->kind == ESP_HIDDEN_BELOW) return hidden_plain_row(a, r, ESP_HIDDEN_BELOW);
+  return margin_row(a, r);
 }
