@@ -52,8 +52,8 @@ def make_data(a):
         solved = rows(f"{a.data}/gsm8k/{split}.jsonl")[:900 if split == "train" else 60]
         write(f"{folder}/questions.{split}.jsonl", [{"text": r["prompt"]} for r in solved])
         write(f"{folder}/solutions.{split}.jsonl", [{"text": r["completion"]} for r in solved])
-    # Four short sentences a row, so that this corpus has as many tokens as the others, about. Answers to one question are
-    # kept together: none is in both parts but where two questions have the same answer.
+    # Four short sentences a row, so that this corpus has as many tokens as the others, about. Answers to one question
+    # are kept together: none is in both parts but where two questions have the same answer.
     lines = [r["completion"] for r in rows(f"{a.data}/e2e/train.jsonl")]
     meals = [{"text": " ".join(lines[i:i + 4])} for i in range(0, len(lines) - 3, 4)]
     write(f"{folder}/meals.train.jsonl", meals[:900])
@@ -132,7 +132,7 @@ class Run:
 
 
 def sweep(a, name, recipe_path, variants, common=()):
-    """Trains what is missing; {variant: [Run of each seed]}, or nothing where runs are missing after --report."""
+    """Trains what is missing; {variant: [Run of each seed]}, with --report of the complete ones."""
     out = f"{a.cache}/claims/{name}"
     if not a.report:
         command = [a.espalier, "sweep", recipe_path, *common, "--out", out, "--jobs", str(a.jobs), "--seeds",
@@ -144,7 +144,8 @@ def sweep(a, name, recipe_path, variants, common=()):
             for folder in (f"{out}/{variant}.s{seed}", f"{out}/{variant}.order1.s{seed}"):
                 if os.path.exists(f"{folder}/result.json"):
                     found.setdefault(variant, []).append(Run(folder))
-    if any(len(found.get(v, [])) != len(SEEDS) for v in variants):
+    found = {v: runs for v, runs in found.items() if len(runs) == len(SEEDS)}
+    if not found:
         raise LookupError(name)
     return found
 
@@ -243,13 +244,15 @@ def scaling(a):
     runs = sweep(a, "scaling", recipe(a, "scaling", sets, [("solutions", corpus("solutions"), "solutions")]),
                  {f"r{r}": f"adapter.r={r}; adapter.alpha={2 * r}" for r in ranks},
                  ["train.max_steps=100", "eval.every=20", "schedule.name=constant"])
-    lines, fits, powers = [], [], {"power law": [], "logarithmic": [], "linear": []}
+    lines, fits = [], []
+    powers = {"c P^a N^b + s": [], "a log P + b log N + s": [], "a P + b N + s": []}
     for v, rs in runs.items():
         lines.append((v, rs[0].result["trainable"], *(f"{stat(r.at('solutions', s) for r in rs)} / "
                       f"{stat(r.at('general', s) - r.at('general', 0) for r in rs)}" for s in (20, 60, 100))))
     slopes, inner = [], []
     for i in range(len(SEEDS)):
-        points = [(rs[i].at("solutions", s), rs[i].at("general", s) - rs[i].at("general", 0), rs[i].result["trainable"], s)
+        points = [(rs[i].at("solutions", s), rs[i].at("general", s) - rs[i].at("general", 0),
+                   rs[i].result["trainable"], s)
                   for rs in runs.values() for s in steps]
         slope, r2 = fit([p[0] for p in points], [p[1] for p in points])
         slopes.append(slope)
@@ -257,22 +260,17 @@ def scaling(a):
         inner.append(statistics.fmean(fit([p[0] for p in points[j:j + len(steps)]],
                                           [p[1] for p in points[j:j + len(steps)]])[1]
                                       for j in range(0, len(points), len(steps))))
-        ys = [max(p[1], 1e-6) for p in points]
-        logs = [(math.log(p[2]), math.log(p[3])) for p in points]
-        mean = statistics.fmean(ys)
-        total = sum((y - mean) ** 2 for y in ys)
-        # The power law is fitted in logarithms and judged, as the others, on the values themselves.
-        x = [[1.0, *f] for f in logs]
-        beta = solve([[sum(r[k] * r[j] for r in x) for j in range(3)] for k in range(3)],
-                     [sum(r[k] * math.log(y) for r, y in zip(x, ys)) for k in range(3)])
-        powers["power law"].append(1 - sum((y - math.exp(sum(b * v for b, v in zip(beta, r)))) ** 2
-                                           for y, r in zip(ys, x)) / total)
-        powers["logarithmic"].append(fit_many(logs, ys))
-        powers["linear"].append(fit_many([(p[2] / 1e5, p[3] / 1e2) for p in points], ys))
+        ys = [p[1] for p in points]
+        # c P^a N^b + s: the exponents from a grid, the rest by least squares.
+        grid = [k / 20 for k in range(1, 31)]
+        powers["c P^a N^b + s"].append(max(fit([(p[2] / 1e5) ** u * (p[3] / 1e2) ** w for p in points], ys)[1]
+                                           for u in grid for w in grid))
+        powers["a log P + b log N + s"].append(fit_many([(math.log(p[2]), math.log(p[3])) for p in points], ys))
+        powers["a P + b N + s"].append(fit_many([(p[2] / 1e5, p[3] / 1e2) for p in points], ys))
     text = table(("rank", "parameters", "step 20: loss / forgetting", "step 60", "step 100"), lines)
     text += f"\nForgetting = slope x loss + constant over the {len(ranks) * len(steps)} points of a seed: slope "
     text += f"{stat(slopes)}, R² {stat(fits)}; within one rank R² {stat(inner)}.\n\n"
-    return text + table(("forgetting as a function of parameters and steps", "R²"),
+    return text + table(("forgetting as a function of P parameters and N steps", "R²"),
                         [(k, stat(v)) for k, v in powers.items()])
 
 
@@ -303,7 +301,8 @@ def orthogonal(a):
         lines.append((v, "-" if v == "fast" else stat((overlap(r.path) for r in rs), 4),
                       stat(r.matrix["forgetting"] for r in rs), stat(r.matrix["learning_acc"] for r in rs),
                       stat(r.matrix["acc"] for r in rs)))
-    return table(("variant (fast: one LoRA)", "mean abs. cosine of rows of A of different tasks", "forgetting", "learning", "ACC"), lines)
+    return table(("variant (fast: one LoRA)", "mean abs. cosine of rows of A of different tasks", "forgetting",
+                  "learning", "ACC"), lines)
 
 
 def overlap(path):
@@ -331,7 +330,7 @@ def memory(a):
     kinds = {"lora": "adapter.type=lora", "mora-sharing": "adapter.type=mora; adapter.mora_type=sharing",
              "mora-rotation": "adapter.type=mora; adapter.mora_type=rotation"}
     runs = sweep(a, "memory", recipe(a, "memory", sets, [("pairs", part, "pairs")]),
-                 {f"{k}-{lr}": f"{s}; optim.lr={lr}" for k, s in kinds.items() for lr in ("2e-3", "6e-3")},
+                 {f"{k}-{lr}": f"{s}; optim.lr={lr}" for k, s in kinds.items() for lr in ("2e-3", "6e-3", "2e-2")},
                  ["train.max_steps=150", "eval.every=30", "schedule.name=constant", "adapter.r=8", "adapter.alpha=16"])
     lines = [(v, rs[0].result["trainable"], *(stat(r.at("pairs", s) for r in rs) for s in (30, 60, 90, 120, 150)),
               stat(statistics.fmean(line["accuracy"] for line in r.log[-8:]) for r in rs)) for v, rs in runs.items()]
@@ -346,12 +345,13 @@ def budget(a):
         sets[t] = (classification(t)["test"], "choice", "all")
     for t in tasks:
         sets[f"{t}_nll"] = (classification(t)["test"], "perplexity", "all")
+    grown = "adapter.alpha=32; adapter.interval=5; adapter.orth_weight=0.1"
     kinds = {"lora": "adapter.type=lora; adapter.r=4; adapter.alpha=8",
              "adalora": "adapter.type=adalora; adapter.r=8; adapter.target_r=4; adapter.alpha=64; adapter.interval=5",
-             "increlora": "adapter.type=increlora; adapter.r=2; adapter.target_r=4; adapter.alpha=32; adapter.interval=5; adapter.orth_weight=0.1",
-             "elalora": "adapter.type=elalora; adapter.r=4; adapter.alpha=32; adapter.interval=5; adapter.elastic_share=0.2; adapter.orth_weight=0.1"}
+             "increlora": f"adapter.type=increlora; adapter.r=2; adapter.target_r=4; {grown}",
+             "elalora": f"adapter.type=elalora; adapter.r=4; adapter.elastic_share=0.2; {grown}"}
     runs = sweep(a, "budget", recipe(a, "budget", sets, [(t, classification(t)["train"], t) for t in tasks]),
-                 {f"{k}-{lr}": f"{s}; optim.lr={lr}" for k, s in kinds.items() for lr in ("2e-3", "5e-3")},
+                 {f"{k}-{lr}": f"{s}; optim.lr={lr}" for k, s in kinds.items() for lr in ("2e-3", "5e-3", "1.5e-2")},
                  ["continual.policy=joint", "train.max_steps=70"])
     lines = [(v, stat(statistics.fmean(r.last(t) for t in tasks) for r in rs),
               stat(statistics.fmean(r.last(f"{t}_nll") for t in tasks) for r in rs)) for v, rs in runs.items()]
@@ -362,16 +362,18 @@ def recurring(a):
     """R23: does a naive sequence over tasks that come again accumulate?"""
     sets = {t: (classification(t)["test"], "choice", "all") for t in THREE}
     tasks = [(f"{t}{'' if i == 0 else i + 1}", classification(t)["train"], t) for i in range(4) for t in THREE]
-    runs = sweep(a, "recurring", recipe(a, "recurring", sets, tasks), {"naive": ""},
-                 ["train.max_steps=20", "schedule.name=constant", "optim.lr=1e-3"])["naive"]
+    found = sweep(a, "recurring", recipe(a, "recurring", sets, tasks),
+                  {f"lr-{lr}": f"optim.lr={lr}" for lr in ("1e-3", "3e-3")},
+                  ["train.max_steps=20", "schedule.name=constant"])
     lines = []
-    for cycle in range(4):
+    for (v, runs), cycle in itertools.product(found.items(), range(4)):
         ends = [20 * (3 * cycle + i + 1) for i in range(3)]
         away = [[r.at(t, e) for i, t in enumerate(THREE) for j, e in enumerate(ends) if i != j] for r in runs]
-        lines.append((cycle + 1, stat(statistics.fmean(r.at(t, e) for t in THREE for e in ends) for r in runs),
+        lines.append((f"{v}, {cycle + 1}",
+                      stat(statistics.fmean(r.at(t, e) for t in THREE for e in ends) for r in runs),
                       stat(statistics.fmean(r.at(t, ends[i]) for i, t in enumerate(THREE)) for r in runs),
                       stat(statistics.fmean(x) for x in away)))
-    return table(("cycle", "mean over tasks and ends of tasks", "task just trained", "the other two"), lines)
+    return table(("rate, cycle", "mean over tasks and ends of tasks", "task just trained", "the other two"), lines)
 
 
 def rewarm(a):
@@ -380,14 +382,16 @@ def rewarm(a):
     runs = sweep(a, "rewarm", recipe(a, "rewarm", sets, [("solutions", corpus("solutions"), "solutions")]),
                  {"stay-1.5e-4": "optim.lr=1.5e-4; schedule.name=constant; schedule.warmup=0",
                   "to-1e-3": "optim.lr=1e-3", "to-3e-3": "optim.lr=3e-3",
-                  "to-3e-3-at-once": "optim.lr=3e-3; schedule.warmup=0", "to-3e-3-slowly": "optim.lr=3e-3; schedule.warmup=50%"},
+                  "to-3e-3-at-once": "optim.lr=3e-3; schedule.warmup=0",
+                  "to-3e-3-slowly": "optim.lr=3e-3; schedule.warmup=50%"},
                  ["adapter.type=full", "eval.every=4", "schedule.min_lr_ratio=0.05"])
     lines = []
     for v, rs in runs.items():
         top = lambda name: stat(max(s for _, s in r.evals[name]) - r.at(name, 0) for r in rs)
         lines.append((v, top("solutions"), stat(r.last("solutions") for r in rs), top("general"),
                       stat(r.last("general") - r.at("general", 0) for r in rs)))
-    return table(("rate", "new corpus: highest rise", "loss at the end", "old corpus: highest rise", "rise at the end"), lines)
+    return table(("rate", "new corpus: highest rise", "loss at the end", "old corpus: highest rise", "rise at the end"),
+                 lines)
 
 
 def recombine(a):
@@ -396,8 +400,9 @@ def recombine(a):
     tasks = [(c, corpus(c), c) for c in ("meals", "solutions")]
     runs = sweep(a, "recombine", recipe(a, "recombine", sets, tasks),
                  {"joint": "continual.policy=joint", "none": "",
-                  **{f"replay-{p}": f"continual.strategy=replay; continual.replay.buffer=50%; continual.replay.ratio={p / 100}"
-                     for p in (5, 25)}}, ["adapter.type=full", "optim.lr=2e-3", "schedule.min_lr_ratio=0.05"])
+                  **{f"replay-{p}": "continual.strategy=replay; continual.replay.buffer=50%; "
+                                    f"continual.replay.ratio={p / 100}" for p in (5, 25)}},
+                 ["adapter.type=full", "optim.lr=2e-3", "schedule.min_lr_ratio=0.05"])
     lines = [(v, *(stat(r.last(c) for r in rs) for c in ("meals", "solutions")),
               stat((r.last("meals") + r.last("solutions")) / 2 for r in rs)) for v, rs in runs.items()]
     return table(("variant", "first corpus, loss", "second corpus, loss", "mean"), lines)
@@ -406,13 +411,16 @@ def recombine(a):
 def schedules(a):
     """R14: the infinite schedule against repeated cosines."""
     names = ("meals", "questions", "solutions")
-    runs = sweep(a, "schedules", recipe(a, "schedules", {c: corpus_set(c) for c in names}, [(c, corpus(c), c) for c in names]),
-                 {"cosine-per-task": "schedule.name=cosine", "cosine-once": "schedule.name=cosine; schedule.restart=continuous",
-                  "infinite": "schedule.name=infinite; schedule.restart=continuous; schedule.warmup=15; schedule.cooldown=30; schedule.constant_ratio=0.4; schedule.anneal=20%"},
+    runs = sweep(a, "schedules", recipe(a, "schedules", {c: corpus_set(c) for c in names},
+                                        [(c, corpus(c), c) for c in names]),
+                 {"cosine-per-task": "schedule.name=cosine",
+                  "cosine-once": "schedule.name=cosine; schedule.restart=continuous",
+                  "infinite": "schedule.name=infinite; schedule.restart=continuous; schedule.warmup=15; "
+                              "schedule.cooldown=30; schedule.constant_ratio=0.4; schedule.anneal=20%"},
                  ["adapter.type=full", "optim.lr=2e-3", "schedule.min_lr_ratio=0.05", "train.max_steps=50"])
     lines = []
     for v, rs in runs.items():
-        switch = [statistics.fmean((r.at("meals", 100) - r.at("meals", 50), r.at("questions", 150) - r.at("questions", 100)))
+        switch = [(r.at("meals", 100) - r.at("meals", 50) + r.at("questions", 150) - r.at("questions", 100)) / 2
                   for r in rs]
         lines.append((v, stat(statistics.fmean(r.last(c) for c in names) for r in rs), stat(switch),
                       *(stat(r.last(c) for r in rs) for c in names)))
@@ -440,15 +448,17 @@ def strategies(a):
     return text + f"\nThe untouched base: {stat(base)}.\n"
 
 
-CLAIMS = {"strategies": strategies, "gap": gap, "rank": rank, "memory": memory, "budget": budget, "orthogonal": orthogonal, "slow": slow,
-          "scaling": scaling, "recurring": recurring, "schedules": schedules, "rewarm": rewarm, "recombine": recombine}
+CLAIMS = {"strategies": strategies, "gap": gap, "rank": rank, "memory": memory, "budget": budget,
+          "orthogonal": orthogonal, "slow": slow, "scaling": scaling, "recurring": recurring, "schedules": schedules,
+          "rewarm": rewarm, "recombine": recombine}
 
 
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--espalier", required=True)
     p.add_argument("--data", help="folder with gsm8k/ and e2e/, needed the first time")
-    p.add_argument("--cache", default=os.environ.get("ESP_BENCH_CACHE", os.path.expanduser("~/.cache/espalier")) + "/continual")
+    p.add_argument("--cache", help="default: ${ESP_BENCH_CACHE:-~/.cache/espalier}/continual",
+                   default=os.environ.get("ESP_BENCH_CACHE", os.path.expanduser("~/.cache/espalier")) + "/continual")
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--only", default=",".join(CLAIMS), help="of " + ", ".join(CLAIMS))
     p.add_argument("--report", action="store_true", help="train nothing")
