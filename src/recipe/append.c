@@ -63,8 +63,8 @@ esp_status esp_append_apply(esp_binder *b, esp_node *root, const char *path) {
   size_t n = 0;
   esp_node *more = NULL, *eval;
   ESP_TRY(esp_file_read(path, &text, &n));
-  const char *slash = strrchr(path, '/');
   const char *origin = esp_arena_printf(b->arena, "+%s", path);
+  const char *slash = strrchr(path, '/');
   const char *dir = slash ? esp_arena_strndup(b->arena, path, slash == path ? 1 : (size_t)(slash - path)) : "";
   char *copy = esp_arena_strndup(b->arena, text, n); /* the tree keeps pointers into it */
   esp_mem_free(text);
