@@ -32,6 +32,7 @@ KINDS = {
     "s2ft": "", "fish": "", "spu": "", "layers": "top_layers: 2", "prompt": "", "prefix": "",
 }
 SLOW = {"dora": 1.6, "oft": 1.6, "bat": 1.6, "hut": 1.6, "hra": 1.6}
+SHAPE = {"bitfit": "smollm2-135m-biases"}  # kind and its LoRA on another shape
 NO_TARGET = {"ln_tuning", "bitfit", "layers", "prompt", "prefix"}
 PEFT = {  # PEFT's configuration of the same kind
     "lora": "LoraConfig(r=8, lora_alpha=16, target_modules=T)", "dora": "LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules=T)",
@@ -41,6 +42,8 @@ PEFT = {  # PEFT's configuration of the same kind
     "ln_tuning": "LNTuningConfig(target_modules=['input_layernorm', 'post_attention_layernorm', 'norm'])",
     "miss": "MissConfig(r=16, target_modules=T)", "bat": "MissConfig(r=16, init_weights='bat', target_modules=T)",
     "hra": "HRAConfig(r=8, target_modules=T)", "oft": "OFTConfig(oft_block_size=32, target_modules=T)",
+    "prompt": "PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=20)",
+    "prefix": "PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=20)",
 }
 PEER = """
 import json, sys, time, torch, peft
@@ -116,13 +119,15 @@ def main():
     kinds = [k for k in KINDS if not a.only or k in a.only.split(",") or k == "lora"]
     lines = []
     with tempfile.TemporaryDirectory() as out:
-        folder = os.path.join(out, "model")
-        if call([sys.executable, os.path.join(HERE, "gpu", "shapes.py"), "smollm2-135m", folder, "--rows", str(a.steps),
-                 "--seq", str(a.tokens)]).returncode:
-            sys.exit("bench: the model could not be written")
+        folders = {k: os.path.join(out, SHAPE.get(k, "smollm2-135m")) for k in kinds}
+        for folder in set(folders.values()):
+            if call([sys.executable, os.path.join(HERE, "gpu", "shapes.py"), os.path.basename(folder), folder, "--rows",
+                     str(a.steps), "--seq", str(a.tokens)]).returncode:
+                sys.exit("bench: the model could not be written")
+        folder = folders["lora"]
 
         def trained(kind, keys):
-            done = call([program, "plan", recipe(folder, out, kind, keys, a.steps, a.tokens), "--json"])
+            done = call([program, "plan", recipe(folders[kind], out, kind, keys, a.steps, a.tokens), "--json"])
             return json.loads(done.stdout)["trainable"] if done.returncode == 0 else done.stderr.strip()
 
         per_rank = trained("lora", "r: 1, alpha: 2")
@@ -145,9 +150,9 @@ def main():
             mine, its = [], []
             why = None
             for _ in range(a.rounds):
-                path = recipe(folder, out, "lora", f"r: {r}, alpha: {2 * r}", a.steps, a.tokens)
+                path = recipe(folders[kind], out, "lora", f"r: {r}, alpha: {2 * r}", a.steps, a.tokens)
                 its.append(step_time(program, path, os.path.join(out, "run-lora"))[0])
-                path = recipe(folder, out, kind, KINDS[kind], a.steps, a.tokens)
+                path = recipe(folders[kind], out, kind, KINDS[kind], a.steps, a.tokens)
                 t, why = step_time(program, path, os.path.join(out, "run-" + kind))
                 mine.append(t)
                 if t is None:
@@ -162,7 +167,7 @@ def main():
     bound = lambda k: SLOW.get(k, 1.25)
     text = ["# Step time of the kinds next to LoRA", "",
             f"    python3 bench/kinds.py BUILD_DIR --steps {a.steps} --rounds {a.rounds} --tokens {a.tokens} --peft PYTHON", "",
-            f"135M Llama shape, random weights, bf16, all linear layers, {a.tokens} tokens a step, AdamW, {os.cpu_count()} "
+            f"135M Llama shape (bitfit: with biases), random weights, bf16, all linear layers, {a.tokens} tokens a step, AdamW, {os.cpu_count()} "
             f"processors ({platform.processor() or platform.machine()}). Ratio: median over {a.rounds} pairs of runs of the "
             "kind's step time over that of LoRA with the nearest number of trained values. PEFT: its own ratio to its LoRA "
             "r=8 on the same machine in the same call.", "",

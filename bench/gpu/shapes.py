@@ -45,6 +45,9 @@ SHAPES = {
     "qwen3-0.6b": dict(config=qwen3(1024, 3072, 28, 16, 8, 151936, True), seq=2048, batch=8, compile="model"),
     "smollm2-135m": dict(config=llama(576, 1536, 30, 9, 3, 49152, 1e5, True, positions=8192), seq=2048, batch=16,
                          compile="model"),
+    # the same with a bias behind every projection, for what trains biases
+    "smollm2-135m-biases": dict(config=dict(llama(576, 1536, 30, 9, 3, 49152, 1e5, True, positions=8192),
+                                            attention_bias=True, mlp_bias=True), seq=2048, batch=16, compile="model"),
     # of the checks, not of the bench
     "small": dict(config=llama(512, 1408, 4, 8, 2, 8192, 1e4, False, positions=4096), seq=256, batch=4,
                   compile="model"),
@@ -80,6 +83,8 @@ def tensors(config):
         for name, out, into, std in (("self_attn.q_proj", q, h, 0.02), ("self_attn.k_proj", kv, h, 0.02),
                                      ("self_attn.v_proj", kv, h, 0.02), ("self_attn.o_proj", h, q, residual)):
             yield f"{p}{name}.weight", (out, into), std
+            if config["attention_bias"]:
+                yield f"{p}{name}.bias", (out,), 0.02
         if config["model_type"] == "qwen3":
             yield p + "self_attn.q_norm.weight", (d,), None
             yield p + "self_attn.k_norm.weight", (d,), None
@@ -87,6 +92,8 @@ def tensors(config):
         for name, out, into, std in (("mlp.gate_proj", ffn, h, 0.02), ("mlp.up_proj", ffn, h, 0.02),
                                      ("mlp.down_proj", h, ffn, residual)):
             yield f"{p}{name}.weight", (out, into), std
+            if config.get("mlp_bias"):
+                yield f"{p}{name}.bias", (out,), 0.02
     yield "model.norm.weight", (h,), None
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], h), 0.02
