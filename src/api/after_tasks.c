@@ -96,7 +96,7 @@ static esp_status score_of(const esp_matrix *m, int task, const char *metric, do
     if (n++ > 0 && *lower != m->smaller_better[s])
       return esp_fail(ESP_ERR_RECIPE, "metric: the tasks' sets have scores of both directions: name one set");
     *lower = m->smaller_better[s];
-    sum += *esp_matrix_cell(m, task + 1, s);
+    sum += *esp_matrix_cell(m, esp_matrix_row_of(m, task), s);
   }
   if (n == 0 || !isfinite(sum))
     return esp_fail(ESP_ERR_DATA, "metric: no score was measured after task '%s'", m->task_name[task]);

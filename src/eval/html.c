@@ -136,9 +136,10 @@ void esp_html_matrix(esp_strbuf *b, const esp_matrix *m) {
     esp_strbuf_puts(b, esp_matrix_is_probe(m, s) ? ", probe</small></th>" : "</small></th>");
   }
   for (int r = 0; r <= m->tasks; r++) {
+    if (m->joint && r > 0 && r < m->tasks) continue; /* never trained on their own */
     esp_strbuf_puts(b, "</tr><tr><th class=row>");
-    if (r) esp_strbuf_printf(b, "%d ", r);
-    esp_html_text(b, r ? m->task_name[r - 1] : "base");
+    if (r && !m->joint) esp_strbuf_printf(b, "%d ", r);
+    esp_html_text(b, esp_matrix_row_name(m, r));
     esp_strbuf_puts(b, "</th>");
     for (int s = 0; s < m->sets; s++) {
       double v = *esp_matrix_cell(m, r, s), malformed = *esp_matrix_malformed(m, r, s);
@@ -148,7 +149,7 @@ void esp_html_matrix(esp_strbuf *b, const esp_matrix *m) {
         continue;
       }
       heat(m, s, v, css, sizeof css);
-      bool own = r > 0 && m->column[r - 1] == s;
+      bool own = m->joint ? r > 0 && !esp_matrix_is_probe(m, s) : r > 0 && m->column[r - 1] == s;
       esp_strbuf_printf(b, "<td%s style=\"%s\">%.3f", own ? " class=own" : "", css, v);
       if (malformed > 0) esp_strbuf_printf(b, "<br><small>%.0f%% no label</small>", 100 * malformed);
       esp_strbuf_puts(b, "</td>");

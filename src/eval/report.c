@@ -208,8 +208,8 @@ static esp_status samples(esp_strbuf *b, const char *run_dir, const esp_matrix *
       esp_strbuf_puts(b, "</td><td class=t>");
       esp_html_cut(b, esp_sample_text(&s, -1, i, "reference"), 300);
       esp_strbuf_puts(b, "</td>");
-      answer(b, &s, t, i);
-      answer(b, &s, t + 1, i);
+      answer(b, &s, m->joint ? 0 : t, i);
+      answer(b, &s, esp_matrix_row_of(m, t), i);
       answer(b, &s, m->tasks, i);
       esp_strbuf_puts(b, "</tr>");
     }

@@ -140,7 +140,7 @@ static void anytime_chart(esp_strbuf *b, const page *p) {
 }
 
 static bool same_shape(const esp_matrix *a, const esp_matrix *b) {
-  bool same = a->tasks == b->tasks && a->sets == b->sets;
+  bool same = a->tasks == b->tasks && a->sets == b->sets && a->joint == b->joint;
   for (int t = 0; same && t < a->tasks; t++) same = !strcmp(a->task_name[t], b->task_name[t]);
   for (int s = 0; same && s < a->sets; s++) same = !strcmp(a->set_name[s], b->set_name[s]);
   return same;
@@ -154,15 +154,10 @@ static void mean_matrix(esp_strbuf *b, const page *p, int v) {
   if (first < 0) return;
   esp_matrix *mean;
   const esp_matrix *like = p->matrix[first];
-  if (esp_matrix_create(like->tasks, like->sets, &mean) != ESP_OK) {
+  if (esp_matrix_like(like, &mean) != ESP_OK) {
     b->failed = true;
     return;
   }
-  memcpy(mean->task_name, like->task_name, (size_t)like->tasks * sizeof *like->task_name);
-  memcpy(mean->set_name, like->set_name, (size_t)like->sets * sizeof *like->set_name);
-  memcpy(mean->set_metric, like->set_metric, (size_t)like->sets * sizeof *like->set_metric);
-  memcpy(mean->smaller_better, like->smaller_better, (size_t)like->sets * sizeof *like->smaller_better);
-  memcpy(mean->column, like->column, (size_t)like->tasks * sizeof *like->column);
   int cells = (like->tasks + 1) * like->sets;
   for (int k = 0; k < cells; k++) mean->score[k] = 0;
   for (int i = 0; i < p->n; i++) {

@@ -102,8 +102,8 @@ static esp_status samples(esp_strbuf *out, const char *run_dir, const esp_matrix
       esp_strbuf_printf(out, "\n%s\n", m->task_name[t]);
       quoted(out, "prompt", esp_sample_text(&s, -1, i, "prompt"));
       quoted(out, "reference", esp_sample_text(&s, -1, i, "reference"));
-      quoted(out, "before", esp_sample_text(&s, t, i, "answer"));
-      quoted(out, "after", esp_sample_text(&s, t + 1, i, "answer"));
+      quoted(out, "before", esp_sample_text(&s, m->joint ? 0 : t, i, "answer"));
+      quoted(out, "after", esp_sample_text(&s, esp_matrix_row_of(m, t), i, "answer"));
       quoted(out, "at the end", esp_sample_text(&s, m->tasks, i, "answer"));
     }
   esp_sample_rows_deinit(&s);

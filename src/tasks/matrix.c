@@ -44,6 +44,26 @@ void esp_matrix_destroy(esp_matrix *m) {
   esp_mem_free(m);
 }
 
+esp_status esp_matrix_like(const esp_matrix *m, esp_matrix **out) {
+  ESP_TRY(esp_matrix_create(m->tasks, m->sets, out));
+  size_t tasks = (size_t)m->tasks, sets = (size_t)m->sets;
+  memcpy((*out)->task_name, m->task_name, tasks * sizeof *m->task_name);
+  memcpy((*out)->set_name, m->set_name, sets * sizeof *m->set_name);
+  memcpy((*out)->set_metric, m->set_metric, sets * sizeof *m->set_metric);
+  memcpy((*out)->smaller_better, m->smaller_better, sets * sizeof *m->smaller_better);
+  memcpy((*out)->column, m->column, tasks * sizeof *m->column);
+  (*out)->joint = m->joint;
+  return ESP_OK;
+}
+
+const char *esp_matrix_row_name(const esp_matrix *m, int row) {
+  return row == 0 ? "base" : m->joint && row == m->tasks ? "joint" : m->task_name[row - 1];
+}
+
+int esp_matrix_row_of(const esp_matrix *m, int task) {
+  return m->joint ? m->tasks : task + 1;
+}
+
 void esp_matrix_copy_cells(esp_matrix *to, const esp_matrix *from) {
   size_t bytes = (size_t)(from->tasks + 1) * (size_t)from->sets * sizeof(double);
   memcpy(to->score, from->score, bytes);

@@ -49,6 +49,7 @@ typedef struct esp_matrix {
   int *column;          /* [tasks]: the set of each task, -1: none */
   double *score;        /* [(tasks + 1) * sets], NaN: not measured */
   double *malformed;    /* the same shape: share of answers that are none of the labels, NaN: not asked of this set */
+  bool joint;           /* all tasks were trained as one: the last row is after all of them */
 } esp_matrix;
 
 typedef struct esp_matrix_summary { /* NaN where not defined (one task, missing cells) */
@@ -57,6 +58,7 @@ typedef struct esp_matrix_summary { /* NaN where not defined (one task, missing 
 } esp_matrix_summary;
 
 esp_status esp_matrix_create(int tasks, int sets, esp_matrix **out); /* all cells NaN */
+esp_status esp_matrix_like(const esp_matrix *m, esp_matrix **out);   /* of its tasks and sets, all cells NaN */
 void esp_matrix_destroy(esp_matrix *m);
 static inline double *esp_matrix_cell(const esp_matrix *m, int row, int set) {
   return &m->score[row * m->sets + set];
@@ -65,6 +67,10 @@ static inline double *esp_matrix_malformed(const esp_matrix *m, int row, int set
   return &m->malformed[row * m->sets + set];
 }
 void esp_matrix_copy_cells(esp_matrix *to, const esp_matrix *from); /* of the same shape */
+/* What stands in front of a row: the task it comes after, "base" or "joint". */
+const char *esp_matrix_row_name(const esp_matrix *m, int row);
+/* The first row after which the task has been trained. */
+int esp_matrix_row_of(const esp_matrix *m, int task);
 /* The score of task t's own set in a row, larger better; NaN when the task has none. */
 double esp_matrix_own(const esp_matrix *m, int row, int task);
 bool esp_matrix_is_probe(const esp_matrix *m, int set);

@@ -77,10 +77,10 @@ static void table(const esp_matrix *m, const double *values, const char *corner,
   for (int row = 0; row <= m->tasks; row++) {
     if (!any_in(m, values, row)) continue;
     char name[ESP_MATRIX_NAME + 16];
-    if (row == 0)
-      snprintf(name, sizeof name, "base");
+    if (row == 0 || m->joint)
+      snprintf(name, sizeof name, "%s", esp_matrix_row_name(m, row));
     else
-      snprintf(name, sizeof name, "%d %s", row, m->task_name[row - 1]);
+      snprintf(name, sizeof name, "%d %s", row, esp_matrix_row_name(m, row));
     esp_strbuf_printf(out, "%-*s", at.first, name);
     for (int s = 0; s < m->sets; s++) {
       double v = values[row * m->sets + s];
@@ -202,7 +202,7 @@ void esp_matrix_render_json(const esp_matrix *m, const esp_matrix_view *view, es
     esp_strbuf_json(out, m->task_name[t], strlen(m->task_name[t]));
     esp_strbuf_printf(out, ", \"column\": %d}", m->column[t]);
   }
-  esp_strbuf_puts(out, "],\n  \"sets\": [");
+  esp_strbuf_puts(out, m->joint ? "],\n  \"joint\": true,\n  \"sets\": [" : "],\n  \"sets\": [");
   for (int s = 0; s < m->sets; s++) {
     esp_strbuf_puts(out, s ? ", " : "");
     esp_strbuf_puts(out, "{\"name\": ");
@@ -303,6 +303,7 @@ esp_status esp_matrix_load(const char *path, esp_matrix **out) {
     goto out;
   }
   ESP_GOTO(esp_matrix_create((int)json_array_size(tasks), (int)json_array_size(sets), &m));
+  m->joint = json_is_true(json_object_get(j, "joint"));
   ESP_GOTO(read_columns(path, tasks, sets, m));
   ESP_GOTO(read_rows(path, m, json_object_get(j, "rows"), m->score));
   if (malformed) ESP_GOTO(read_rows(path, m, malformed, m->malformed));

@@ -39,13 +39,7 @@ static esp_status copy_matrix(esp_background *b, const esp_matrix *m) {
   esp_matrix_destroy(b->matrix);
   b->matrix = NULL;
   if (!m) return ESP_OK;
-  ESP_TRY(esp_matrix_create(m->tasks, m->sets, &b->matrix));
-  size_t tasks = (size_t)m->tasks, sets = (size_t)m->sets;
-  memcpy(b->matrix->task_name, m->task_name, tasks * sizeof *m->task_name);
-  memcpy(b->matrix->set_name, m->set_name, sets * sizeof *m->set_name);
-  memcpy(b->matrix->set_metric, m->set_metric, sets * sizeof *m->set_metric);
-  memcpy(b->matrix->smaller_better, m->smaller_better, sets * sizeof *m->smaller_better);
-  memcpy(b->matrix->column, m->column, tasks * sizeof *m->column);
+  ESP_TRY(esp_matrix_like(m, &b->matrix));
   esp_matrix_copy_cells(b->matrix, m);
   return ESP_OK;
 }

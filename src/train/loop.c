@@ -36,8 +36,9 @@ static esp_status refuse_memory(const esp_plan *p) {
 static esp_status make_matrix(esp_loop *l) {
   const esp_recipe *r = l->r;
   if (r->eval.n_sets == 0 || !l->hooks || !l->hooks->score) return ESP_OK;
-  const esp_recipe *all = r->whole ? r->whole : r; /* a joint run fills the row of the last task */
+  const esp_recipe *all = r->whole ? r->whole : r; /* a joint run fills the last row, for all */
   ESP_TRY(esp_matrix_create(all->n_tasks, r->eval.n_sets, &l->matrix));
+  l->matrix->joint = r->whole != NULL;
   for (int i = 0; i < all->n_tasks; i++) {
     snprintf(l->matrix->task_name[i], ESP_MATRIX_NAME, "%s", all->tasks[i].name);
     if (all->tasks[i].n_eval > 0) l->matrix->column[i] = all->tasks[i].eval[0];

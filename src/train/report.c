@@ -151,6 +151,9 @@ esp_status esp_loop_save_result(const esp_loop *l, const esp_run_result *r) {
     json_object_set_new(j, "device_peak", json_integer((json_int_t)r->device_peak));
     json_object_set_new(j, "planned_device_peak", json_integer((json_int_t)p->device_peak_bytes));
   }
+  json_t *names = json_array();
+  for (int i = 0; i < l->r->n_tasks; i++) json_array_append_new(names, json_string(l->r->tasks[i].name));
+  json_object_set_new(j, "task_names", names);
   json_object_set_new(j, "memory", memory_of());
   if (l->engine.strategies.n > 0) json_object_set_new(j, "strategies", strategies_of(l));
   json_object_set_new(j, "seconds", real(r->seconds));

@@ -77,3 +77,21 @@ for i in range(3):
     assert '%.3f' % ((rows[0][i][0] + rows[1][i][0]) / 2) in text
 P
 "$ESPALIER" report elsewhere/sw --text | grep -q '^<small> ' || fail "a sweep as text"
+
+# all tasks as one: the row has a name of its own wherever it is shown, and the answers are those before and after it
+"$ESPALIER" sweep recipe.yaml --out all --seeds 1 --set 'one: continual.policy=joint | naive:' train.max_steps=3 eval.samples=1 checkpoint.every=0 -q >/dev/null || fail "the joint run"
+joint=$(dirname "$(grep -l '"joint"' all/*/matrix.json)")
+"$ESPALIER" matrix "$joint" | grep -q '^joint ' || fail "the row of a joint run: $("$ESPALIER" matrix "$joint")"
+"$ESPALIER" report "$joint" -o joint.html >/dev/null && "$ESPALIER" report all -o joint_sweep.html >/dev/null || fail "report of a joint run"
+JOINT=$joint python3 - <<'P' || fail "the page of a joint run"
+import json, os, re
+from page import read
+run = os.environ['JOINT']
+assert json.load(open(run + '/result.json'))['task_names'] == ['joint']
+for page, rows in ('joint.html', ['base', 'joint']), ('joint_sweep.html', ['base', 'joint', 'base', '1 a', '2 b']):
+    assert re.findall('<th class=row>([^<]+)</th>', open(page).read()) == rows, page
+answers = [json.load(open(run + '/samples/%d.json' % r)) for r in (0, 2)]
+text = read('joint.html')[1]
+for s in answers[0] + answers[1]:
+    if s['set'] == 'a': assert s['answer'][:40] in text, s
+P

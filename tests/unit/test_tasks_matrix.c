@@ -235,6 +235,41 @@ static void round_trip(void **state) {
   unlink(path);
 }
 
+/* All tasks as one: the last row has that name, in text and read back, and belongs to every task. */
+static void joint_row(void **state) {
+  (void)state;
+  char path[] = "matrix_XXXXXX";
+  int fd = mkstemp(path);
+  assert_true(fd >= 0);
+  close(fd);
+  esp_matrix *m = example(), *back, *copy;
+  assert_string_equal(esp_matrix_row_name(m, 3), "task2");
+  assert_int_equal(esp_matrix_row_of(m, 1), 2);
+  m->joint = true;
+  for (int k = 4; k < 12; k++) m->score[k] = NAN; /* rows 1 and 2 */
+  assert_int_equal(esp_matrix_like(m, &copy), ESP_OK);
+  assert_int_equal(esp_matrix_save(m, path), ESP_OK);
+  assert_int_equal(esp_matrix_load(path, &back), ESP_OK);
+  const esp_matrix *all[] = {m, copy, back};
+  for (int i = 0; i < 3; i++) {
+    assert_string_equal(esp_matrix_row_name(all[i], 0), "base");
+    assert_string_equal(esp_matrix_row_name(all[i], 1), "task0");
+    assert_string_equal(esp_matrix_row_name(all[i], 3), "joint");
+    assert_int_equal(esp_matrix_row_of(all[i], 1), 3);
+  }
+  esp_strbuf text;
+  esp_strbuf_init(&text);
+  esp_matrix_render_text(back, NULL, &text);
+  assert_non_null(strstr(text.data, "\njoint "));
+  assert_null(strstr(text.data, "task"));
+  assert_non_null(strstr(text.data, "ACC 0.733"));
+  esp_strbuf_deinit(&text);
+  esp_matrix_destroy(m);
+  esp_matrix_destroy(copy);
+  esp_matrix_destroy(back);
+  unlink(path);
+}
+
 static void bad_files(void **state) {
   (void)state;
   static const char *const bad[] = {"{}", "{\"tasks\":[],\"sets\":[],\"rows\":[]}",
@@ -265,6 +300,7 @@ int main(void) {
       cmocka_unit_test(shown_as_asked),
       cmocka_unit_test(missing_cells_are_no_numbers),
       cmocka_unit_test(round_trip),
+      cmocka_unit_test(joint_row),
       cmocka_unit_test(bad_files),
   };
   return cmocka_run_group_tests_name("score matrix", tests, NULL, NULL);
