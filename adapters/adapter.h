@@ -200,7 +200,9 @@ typedef struct esp_adapter_kind {
   /* Optional: called around optimizer steps. before_step: gradients are complete (all micro-batches, all ranks) and not
    * yet clipped: may add those of a penalty and answers its value (0: none). after_step: parameters are new; may change
    * ranks (esp_adapter_resize). step: 0-based within the
-   * task in before_step, steps done in after_step; total: the task's steps, 0 where nobody knows (a session). */
+   * task in before_step, steps done in after_step; total: the task's steps, 0 where nobody knows (a session).
+   * step_sums: fp32 statistics of this process's rows of the step, which are added over ranks before before_step. */
+  esp_tensor (*step_sums)(const esp_adapter *a);
   double (*before_step)(esp_adapter *a, int64_t step, int64_t total);
   esp_status (*after_step)(esp_adapter *a, int64_t step, int64_t total);
   esp_status (*task_begin)(esp_adapter *a, int task); /* on resume before the saved state replaces what it did */

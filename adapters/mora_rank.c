@@ -14,7 +14,7 @@
  * for each rank the number c that makes the sum of (w (a x) - c a x)^2 least, the mean of w weighted with (a x)^2.
  * Training sums w (a x)^2, (a x)^2 and (w a x)^2 over its tokens, the last hundred steps or so, and the file has c and
  * the share of the change that is missed, |b_i| being the size of rank i and ranks being taken as independent. With
- * several processes it is the data of the first that are summed.
+ * several processes the sums of a step are added over all of them.
  */
 #include <math.h>
 #include <string.h>
@@ -27,6 +27,7 @@ static const float KEEP = 0.99f; /* of the sums, from one step to the next */
 typedef struct mora_rank {
   esp_task_ranks all; /* first: what the operator reads */
   float *sums;        /* backend memory; of group g from at[g] on: [3, width * tasks] */
+  float *step;        /* the same of the step that is being made, of this process's rows, behind them */
   int64_t *at, size;
 } mora_rank;
 
@@ -61,8 +62,10 @@ static esp_status make_sums(esp_adapter *a) {
   mora_rank *m = a->impl;
   esp_backend *be = a->params->be;
   if (m->sums || !a->trainable) return ESP_OK;
-  m->sums = be->ops->alloc(be, ESP_MEM_OPTIM, m->size * (int64_t)sizeof *m->sums);
-  return m->sums ? ESP_OK : esp_backend_why_null(be);
+  m->sums = be->ops->alloc(be, ESP_MEM_OPTIM, 2 * m->size * (int64_t)sizeof *m->sums);
+  if (!m->sums) return esp_backend_why_null(be);
+  m->step = m->sums + m->size;
+  return ESP_OK;
 }
 
 static esp_status init(esp_adapter *a, esp_site *s) {
@@ -82,7 +85,7 @@ static esp_status task_begin(esp_adapter *a, int task) {
   int was = m->all.current;
   ESP_TRY(esp_task_ranks_begin(a, task));
   if (m->all.current == was) return ESP_OK;
-  if (m->sums) be->ops->zero(be, m->sums, m->size * (int64_t)sizeof *m->sums);
+  if (m->sums) be->ops->zero(be, m->sums, 2 * m->size * (int64_t)sizeof *m->sums);
   a->cfg.n_mean_gates = 0;
   return ESP_OK;
 }
@@ -94,7 +97,7 @@ static int tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, e
   const esp_task_group *tg = a->group_state[g->index];
   int n = esp_task_ranks_tails_bwd(a, run, g, x, dy, tails, max, slot);
   if (!tg || !m->sums) return n;
-  float *sums = m->sums + m->at[g->index];
+  float *sums = m->step + m->at[g->index];
   int64_t row = tg->width * m->all.tasks;
   ops->col_dot(run->be, sums, tg->ts, tg->t);
   ops->col_dot(run->be, sums + row, tg->t, tg->t);
@@ -102,10 +105,17 @@ static int tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, e
   return n;
 }
 
+static esp_tensor step_sums(const esp_adapter *a) {
+  const mora_rank *m = a->impl;
+  return esp_tensor_1d(m->step, ESP_F32, m->step ? m->size : 0);
+}
+
 static double before_step(esp_adapter *a, int64_t step, int64_t total) {
   const mora_rank *m = a->impl;
-  esp_tensor all = esp_tensor_1d(m->sums, ESP_F32, m->size);
-  if (m->sums) a->params->be->ops->axpby(a->params->be, all, KEEP, all, 0.0f);
+  esp_backend *be = a->params->be;
+  if (!m->sums) return 0;
+  be->ops->axpby(be, esp_tensor_1d(m->sums, ESP_F32, m->size), KEEP, step_sums(a), KEEP);
+  be->ops->zero(be, m->step, m->size * (int64_t)sizeof *m->step);
   return 0;
 }
 
@@ -317,6 +327,7 @@ const esp_adapter_kind esp_kind_mora_rank = {
     .input_bwd = esp_task_ranks_input_bwd,
     .wants_output = esp_task_ranks_wants_output,
     .destroy = destroy,
+    .step_sums = step_sums,
     .before_step = before_step,
     .task_begin = task_begin,
     .state_write = state_write,

@@ -71,10 +71,14 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
   if (st == ESP_OK) st = esp_backend_sync(e->be);
   s.failed = st != ESP_OK;
   s.stop = esp_stop_requested();
+  const esp_adapter_kind *kind = e->adapter->kind;
   if (e->comm->size > 1) {
     ESP_TRY(e->comm->ops->all_reduce_f64(e->comm, (double *)&s, sizeof s / sizeof(double)));
     if (s.failed > 0) return esp_comm_agree(e->comm, st);
-    ESP_TRY(esp_comm_reduce(e->device_comm ? e->device_comm : e->comm, e->be, ps->grad, ps->total));
+    esp_comm *c = e->device_comm ? e->device_comm : e->comm;
+    ESP_TRY(esp_comm_reduce(c, e->be, ps->grad, ps->total));
+    esp_tensor own = kind->step_sums ? kind->step_sums(e->adapter) : (esp_tensor){0};
+    if (own.data) ESP_TRY(esp_comm_reduce(c, e->be, own.data, own.shape[0]));
   }
   if (st != ESP_OK) return st;
 
@@ -86,7 +90,6 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
   if (!counting && !isfinite(out->loss))
     return esp_fail(ESP_ERR_DIVERGED, "step %lld: the loss is %s", (long long)in->step + 1,
                     isnan(out->loss) ? "not a number" : "infinite");
-  const esp_adapter_kind *kind = e->adapter->kind;
   if (kind->before_step) out->penalty = kind->before_step(e->adapter, in->task_step, in->task_steps);
   out->penalty += esp_strategies_penalty(&e->strategies, &e->sequence, &t);
   ESP_TRY(esp_strategies_project(&e->strategies, &e->sequence, &t));

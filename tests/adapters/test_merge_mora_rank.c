@@ -208,6 +208,7 @@ static void told_error(void **state) {
   attach(&r, &cfg, &a);
   fx_shake(a, 0.1f, 44);
   fx_loss(&r, &f.b, true, ESP_CKPT_OFF, 1);
+  a->kind->before_step(a, 0, 1);
   OK(esp_adapter_save(a, fx_path("mora")));
   /* x of that module: norm of the embedding, as the model computes it */
   esp_site **sites;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The communicator's suite, and a run, under mpirun with 2 and 4 ranks. A run on more ranks with as many rows per step is
 # the run on one rank, to rounding; the same number of ranks gives the same bytes; resume is exact.
-# Mutation seen caught: gradients scaled as if a rank's share were the whole step (step.c): losses differ.
+# Mutations seen caught: gradients scaled as if a rank's share were the whole step (step.c): losses differ; the sums of
+# mora_rank not added over ranks (step.c): the mean gates of several ranks.
 . "$(dirname "$0")/../script.sh"
 command -v mpirun > /dev/null || skip "no mpirun"
 [ -n "${DIST_SUITE:-}" ] || skip "built without MPI"
@@ -49,3 +50,33 @@ ranks 2 "$ESPALIER" run recipe.yaml --quiet "${opts[@]}" train.gradient_accumula
 grep -q "ranks" log.txt || { cat log.txt; fail "the refusal does not name the ranks"; }
 ranks 2 "$ESPALIER" resume "$work/cut" --quiet > log.txt 2>&1 || { cat log.txt; fail "resume on 2 ranks"; }
 same_adapters two cut
+
+# mora_rank: the gates that stand for those of the data are those of all ranks' rows, and survive a resume
+opts+=(adapter.type=mora_rank train.epochs=1)
+go 1 4 gates1
+go 2 2 gates2
+go 4 1 gates4
+python3 - <<'P' || fail "the mean gates of several ranks are not those of one"
+import json
+def gates(run):
+    out = {}
+    for task in 'ab':
+        for site, g in json.load(open('%s/adapters/%s/adapter_config.json' % (run, task)))['mean_gates'].items():
+            for i, v in enumerate(g['gates'] + [g['error']]): out[task, site, i] = v
+    return out
+one = gates('gates1')
+assert len(one) > 50 and max(one.values()) > 0.01
+for run in ('gates2', 'gates4'):
+    other = gates(run)
+    assert other.keys() == one.keys()
+    worst = max(abs(other[k] - one[k]) / max(abs(one[k]), 1e-2) for k in one)
+    print('%s: gates within %.2e of one rank' % (run, worst))
+    assert worst < 1e-3, worst
+P
+ranks 2 "$ESPALIER" run recipe.yaml --quiet "${opts[@]}" train.gradient_accumulation_steps=2 --stop-after 3 --output "$work/half" \
+  > log.txt 2>&1 && fail "did not stop"
+ranks 2 "$ESPALIER" resume "$work/half" --quiet > log.txt 2>&1 || { cat log.txt; fail "resume of mora_rank on 2 ranks"; }
+same_adapters gates2 half
+for task in a b; do
+  cmp <(grep -v base_model gates2/adapters/$task/adapter_config.json) <(grep -v base_model half/adapters/$task/adapter_config.json) || fail "the gates of $task after a resume"
+done
