@@ -264,6 +264,21 @@ void esp_html_chart_put(esp_strbuf *b, const esp_html_chart *c) {
   esp_strbuf_puts(b, "</figcaption></figure>");
 }
 
+typedef struct box {
+  double x0, x1, y0, y1;
+} box;
+
+/* The baseline nearest to y on which a name from x0 to x1 covers nothing that is there already. */
+static double free_baseline(const box *taken, int n, double x0, double x1, double y) {
+  for (int k = 0; k < 32; k++) {
+    double at = y + 6.5 * (k % 2 ? (k + 1) / 2 : -k / 2);
+    int i = 0;
+    while (i < n && (taken[i].y1 < at - 9 || at + 2 < taken[i].y0 || taken[i].x1 < x0 || x1 < taken[i].x0)) i++;
+    if (i == n && at > 10 && at < 200) return at;
+  }
+  return y;
+}
+
 void esp_html_scatter(esp_strbuf *b, const char *caption, const char *x_name, const char *y_name,
                       const esp_html_point *points, int n) {
   frame f = {INFINITY, -INFINITY, INFINITY, -INFINITY};
@@ -293,6 +308,12 @@ void esp_html_scatter(esp_strbuf *b, const char *caption, const char *x_name, co
   esp_strbuf_puts(b, "</text><text x=52 y=12>");
   esp_html_text(b, y_name);
   esp_strbuf_puts(b, "</text>");
+  box taken[128];
+  int m = 0;
+  for (int i = 0; i < n && m < 64; i++) {
+    double x = at_x(&f, points[i].x), y = at_y(&f, points[i].y);
+    if (!isnan(x) && !isnan(y)) taken[m++] = (box){x - 5, x + 5, y - 5, y + 5};
+  }
   for (int i = 0; i < n; i++) {
     double x = at_x(&f, points[i].x), y = at_y(&f, points[i].y);
     if (isnan(x) || isnan(y)) continue;
@@ -303,8 +324,11 @@ void esp_html_scatter(esp_strbuf *b, const char *caption, const char *x_name, co
     esp_strbuf_printf(b, "<circle cx=%.1f cy=%.1f r=5 style=\"fill:var(--c%d)\"><title>", x, y, points[i].color);
     esp_html_text(b, points[i].name);
     bool left = x > 800;
-    esp_strbuf_printf(b, "</title></circle><text x=%.1f y=%.1f%s>", left ? x - 9 : x + 9, y - 5,
-                      left ? " text-anchor=end" : "");
+    double width = 7.0 * (double)strlen(points[i].name), from = left ? x - 9 - width : x + 9;
+    double height = free_baseline(taken, m, from, from + width, y - 5);
+    if (m < 128) taken[m++] = (box){from, from + width, height - 9, height + 2};
+    esp_strbuf_printf(b, "</title></circle><text x=%.1f y=%.1f%s style=\"fill:var(--c%d)\">", left ? x - 9 : x + 9,
+                      height, left ? " text-anchor=end" : "", points[i].color);
     esp_html_text(b, points[i].name);
     esp_strbuf_puts(b, "</text>");
   }
