@@ -1,11 +1,17 @@
 /* gere.c: general samples replayed with four losses: Zhang et al., "GeRe: Towards Efficient Anti-Forgetting in
  * Continual Learning of LLM via General Samples Replay" (2025). A small fixed set of general texts stands for what the
  * base knows. Its rows are trained beside every step's, and the loss of their trained tokens gets, from the base
- * itself, label   nothing kl      weight T^2 KL(base || model) l1, l2  weight mean_j |h_j - h*_j|, weight mean_j (h_j -
- * h*_j)^2 of the final normed hidden states margin  the threshold margin: with m_j and s_j mean and deviation of h*_j
- * over the general tokens, what the base has below m - s stays below it, above m + s above it, between them between
- * them; weight times the mean over the elements of a state that do not Means are over the tokens of a step, so that
- * they do not depend on how it is cut. */
+ * itself: with `label` nothing; with `kl` weight T^2 KL(base || model); with `l1` and `l2` weight mean_j |h_j - h*_j|
+ * and weight mean_j (h_j - h*_j)^2 of the final normed hidden states; with `margin` the threshold margin: m_j and s_j
+ * are mean and deviation of h*_j over the general tokens, what the base has below m - s stays below it, above m + s
+ * above it, between them between them; weight times the mean over the elements of a state that do not. Means are over
+ * the tokens of a step, so that they do not depend on how it is cut.
+ *
+ * weight dynamic, as in the authors' code (w_strategy "dy"): with CE the cross-entropies and D what holds to the base,
+ * both as they stand in the step's loss, the weight is CE / (D + 1e-8), a number to the gradient. The authors take it
+ * of each micro-batch of each rank; here it is of the whole step, so that it does not depend on how that is cut either.
+ * It must be known before the backward pass of the general rows, which go through two passes without gradients first.
+ * The ratio of the step before would not do: D is 0 at the first step and grows by orders of magnitude in the next. */
 #include <math.h>
 #include <string.h>
 
@@ -19,7 +25,8 @@ typedef struct gere {
   esp_dataset *data;
   esp_extra extra;
   esp_teacher teacher;
-  bool taught;
+  bool taught, dynamic;
+  double labels, held; /* dynamic: cross-entropy and D of this rank's share of the step's general rows, summed */
 } gere;
 
 static void sample(const void *ctx, int64_t i, const int32_t **ids, const float **weights, int64_t *n) {
@@ -29,7 +36,14 @@ static void sample(const void *ctx, int64_t i, const int32_t **ids, const float 
 static esp_status check(const esp_strategy_cfg *c, int n_tasks) {
   (void)n_tasks;
   if (!c->gere.data.path) return esp_fail(ESP_ERR_RECIPE, "continual.gere.data.path: the general samples are missing");
+  if (c->gere.weight == 0 && !strcmp(c->gere.loss, "label"))
+    return esp_fail(ESP_ERR_RECIPE, "continual.gere.weight: dynamic is the weight of what loss 'label' does not have");
   return ESP_OK;
+}
+
+static void weigh(gere *g, double weight) {
+  esp_teach *t = &g->teacher.teach;
+  *(t->hidden ? &t->hidden_weight : &t->kl) = g->taught ? (float)weight : 0.0f;
 }
 
 static esp_status open(esp_strategy *s, const esp_sequence *q) {
@@ -45,12 +59,12 @@ static esp_status open(esp_strategy *s, const esp_sequence *q) {
   g->extra.ctx = g->data;
   g->extra.count = esp_dataset_count(g->data);
   g->taught = strcmp(loss, "label") != 0;
-  float weight = (float)s->cfg->gere.weight;
-  g->teacher.teach = (esp_teach){.temperature = (float)s->cfg->gere.temperature, .hidden_weight = weight};
-  if (!strcmp(loss, "kl")) g->teacher.teach.kl = weight;
+  g->dynamic = s->cfg->gere.weight == 0;
+  g->teacher.teach.temperature = (float)s->cfg->gere.temperature;
   if (!strcmp(loss, "l1")) g->teacher.teach.hidden = ESP_HIDDEN_L1;
   if (!strcmp(loss, "l2")) g->teacher.teach.hidden = ESP_HIDDEN_L2;
   if (!strcmp(loss, "margin")) g->teacher.teach.hidden = ESP_HIDDEN_MARGIN;
+  weigh(g, s->cfg->gere.weight);
   return ESP_OK;
 }
 
@@ -131,26 +145,63 @@ static esp_status task_begin(esp_strategy *s, const esp_sequence *q) {
   return g->teacher.teach.hidden == ESP_HIDDEN_MARGIN ? thresholds(s, q) : ESP_OK;
 }
 
+/* n of the step's general rows as a batch, taught. */
+static esp_status batch(esp_strategy *s, const esp_sequence *q, int64_t first, int64_t n, esp_batch *b) {
+  gere *g = s->impl;
+  ESP_TRY(esp_extra_rows(&g->extra, q, g->extra.list + first, n));
+  *b = esp_sequence_batch(&g->extra.rows);
+  if (!g->taught) return ESP_OK;
+  if (g->teacher.teach.hidden == ESP_HIDDEN_MARGIN) {
+    g->teacher.teach.low = esp_strategy_get(s, "thresholds", NULL);
+    g->teacher.teach.high = g->teacher.teach.low + esp_model_describe(q->model)->hidden;
+  }
+  ESP_TRY(esp_teacher_reserve(&g->teacher, q, b->tokens));
+  return esp_teacher_ask(&g->teacher, q, esp_strategy_flat(s, "teacher", q), b);
+}
+
+static esp_status measure(esp_strategy *s, const esp_sequence *q) {
+  gere *g = s->impl;
+  int64_t first, mine, size = q->micro_batch;
+  g->labels = g->held = 0;
+  weigh(g, 1);
+  esp_sequence_share(q, g->extra.n, &first, &mine);
+  for (int64_t i = 0; i < mine; i += size) {
+    esp_batch b;
+    esp_loss_out both, labels;
+    ESP_TRY(batch(s, q, first + i, mine - i < size ? mine - i : size, &b));
+    ESP_TRY(esp_sequence_pass(q, &g->extra.rows, b.teach, false, 1, 0, &both));
+    ESP_TRY(esp_sequence_pass(q, &g->extra.rows, NULL, false, 1, 0, &labels));
+    g->labels += labels.loss_sum;
+    g->held += both.loss_sum - labels.loss_sum;
+  }
+  return ESP_OK;
+}
+
+/* The sums of the step so far are those of its own rows, and of what strategies before this one have added. */
+static esp_status balance(gere *g, const esp_sequence *q, const esp_strategy_step *t) {
+  esp_loss_out own;
+  esp_status st = esp_comm_agree(q->comm, esp_model_sums(q->model, &own));
+  if (st != ESP_OK) return st;
+  double sums[] = {own.loss_sum + g->labels, g->held};
+  if (q->comm->size > 1) ESP_TRY(q->comm->ops->all_reduce_f64(q->comm, sums, 2));
+  weigh(g, esp_backend_counts(q->be) ? 1 : sums[0] * t->scale / (sums[1] * t->scale + 1e-8));
+  return ESP_OK;
+}
+
 static esp_status draw(esp_strategy *s, const esp_sequence *q, const esp_strategy_step *t, double *weight) {
   gere *g = s->impl;
-  return esp_extra_draw(&g->extra, q, ORDER, t->task_step, s->cfg->gere.batch, weight);
+  ESP_TRY(esp_extra_draw(&g->extra, q, ORDER, t->task_step, s->cfg->gere.batch, weight));
+  return g->dynamic ? measure(s, q) : ESP_OK;
 }
 
 static esp_status pass(esp_strategy *s, const esp_sequence *q, const esp_strategy_step *t) {
   gere *g = s->impl;
   int64_t first, mine, size = q->micro_batch;
+  if (g->dynamic) ESP_TRY(balance(g, q, t));
   esp_sequence_share(q, g->extra.n, &first, &mine);
   for (int64_t i = 0; i < mine; i += size) {
-    ESP_TRY(esp_extra_rows(&g->extra, q, g->extra.list + first + i, mine - i < size ? mine - i : size));
-    esp_batch b = esp_sequence_batch(&g->extra.rows);
-    if (g->taught) {
-      if (g->teacher.teach.hidden == ESP_HIDDEN_MARGIN) {
-        g->teacher.teach.low = esp_strategy_get(s, "thresholds", NULL);
-        g->teacher.teach.high = g->teacher.teach.low + esp_model_describe(q->model)->hidden;
-      }
-      ESP_TRY(esp_teacher_reserve(&g->teacher, q, b.tokens));
-      ESP_TRY(esp_teacher_ask(&g->teacher, q, esp_strategy_flat(s, "teacher", q), &b));
-    }
+    esp_batch b;
+    ESP_TRY(batch(s, q, first + i, mine - i < size ? mine - i : size, &b));
     ESP_TRY(
         esp_sequence_pass(q, &g->extra.rows, b.teach, true, t->scale, (t->step << 20) + (7 << 17) + first + i, NULL));
   }
@@ -167,7 +218,7 @@ static int64_t held(const esp_strategy *s, const esp_sequence *q) {
 const esp_strategy_kind esp_strategy_gere = {
     .name = "gere",
     .summary = "general texts are trained beside every step, held to the base by labels, KL, states or a margin",
-    .flags = ESP_STRATEGY_BY_PARAMETER,
+    .flags = ESP_STRATEGY_BY_PARAMETER | ESP_STRATEGY_MEETS,
     .check = check,
     .open = open,
     .close = close,

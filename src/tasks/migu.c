@@ -5,14 +5,20 @@
  *
  * The authors read n in every forward pass. It describes the task more than the step, so here it is read from a pass of
  * its own over a few samples, when a task begins and every `interval` steps: a step costs one product of vectors. An
- * optimizer with momentum moves a row on for a few steps after its gradient has become zero. */
+ * optimizer with momentum moves a row on for a few steps after its gradient has become zero.
+ *
+ * mask random holds as many rows of each matrix as magnitude does, drawn at the same steps: what is gained beyond it is
+ * owed to the choice of the rows. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "core/linalg.h"
+#include "core/rng.h"
 #include "tasks/internal.h"
 #include "tasks/projection.h"
+
+enum { HELD = 60 }; /* stream of ESP_RNG_DATA */
 
 typedef struct ranked {
   double size;
@@ -25,7 +31,15 @@ static int by_size(const void *a, const void *b) {
   return x->row < y->row ? -1 : 1;
 }
 
-/* Zeroes the rows of mask [n, width] whose columns in h (n of them, ld apart) are the smallest. */
+/* Zeroes the rows of mask [n, width] of the smallest r[n], which is sorted and freed. */
+static void hold(ranked *r, int64_t n, double threshold, float *mask, int64_t width) {
+  qsort(r, (size_t)n, sizeof *r, by_size);
+  int64_t held = (int64_t)floor(threshold * (double)n + 1e-9);
+  for (int64_t j = 0; j < held; j++) memset(mask + r[j].row * width, 0, (size_t)width * sizeof *mask);
+  esp_mem_free(r);
+}
+
+/* Of the columns of h (n of them, ld apart). */
 static esp_status mask_rows(const float *h, int64_t tokens, int64_t ld, int64_t n, double threshold, float *mask,
                             int64_t width) {
   ranked *r = esp_mem_alloc(ESP_MEM_HOST, (size_t)n * sizeof *r);
@@ -36,10 +50,18 @@ static esp_status mask_rows(const float *h, int64_t tokens, int64_t ld, int64_t 
     for (int64_t j = 0; j < n; j++) sum += fabs((double)h[t * ld + j]);
     for (int64_t j = 0; sum > 0 && j < n; j++) r[j].size += fabs((double)h[t * ld + j]) / sum;
   }
-  qsort(r, (size_t)n, sizeof *r, by_size);
-  int64_t held = (int64_t)floor(threshold * (double)n + 1e-9);
-  for (int64_t j = 0; j < held; j++) memset(mask + r[j].row * width, 0, (size_t)width * sizeof *mask);
-  esp_mem_free(r);
+  hold(r, n, threshold, mask, width);
+  return ESP_OK;
+}
+
+/* Of what is drawn for each row of parameter `p` at this step of the run. */
+static esp_status mask_drawn(const esp_sequence *q, int p, int64_t step, double threshold, float *mask) {
+  const esp_param *w = &q->adapter->params->list[p];
+  ranked *r = esp_mem_alloc(ESP_MEM_HOST, (size_t)w->shape[0] * sizeof *r);
+  if (!r) return ESP_ERR_MEMORY;
+  uint64_t stream = esp_rng_stream(ESP_RNG_DATA, HELD, (uint64_t)step, (uint64_t)p);
+  for (int64_t j = 0; j < w->shape[0]; j++) r[j] = (ranked){(double)esp_rng_u32(q->seed, stream, (uint64_t)j), j};
+  hold(r, w->shape[0], threshold, mask + w->offset, w->shape[1]);
   return ESP_OK;
 }
 
@@ -69,17 +91,26 @@ static esp_status measure(esp_strategy *s, const esp_sequence *q, int64_t step) 
   esp_tensor device = esp_strategy_flat(s, "mask", q);
   if (!device.data) return ESP_ERR_MEMORY;
   ESP_TRY(esp_trained_list(s, q, &list, &n));
+  bool drawn = !strcmp(s->cfg->migu.mask, "random");
   esp_sequence other = *q; /* other samples each time */
   other.seed = q->seed + (uint64_t)step;
-  ESP_GOTO(esp_sequence_some(&other, s->cfg->migu.samples, &some, &count));
-  ESP_GOTO(esp_observe(q, list, n, some, count, s->cfg->migu.tokens, true, &seen));
+  if (!drawn) {
+    ESP_GOTO(esp_sequence_some(&other, s->cfg->migu.samples, &some, &count));
+    ESP_GOTO(esp_observe(q, list, n, some, count, s->cfg->migu.tokens, true, &seen));
+  }
   mask = esp_mem_alloc(ESP_MEM_HOST, (size_t)total * sizeof *mask);
   if (!mask) ESP_GOTO(ESP_ERR_MEMORY);
   for (int64_t i = 0; i < total; i++) mask[i] = 1.0f;
   for (int i = 0; i < n && !esp_backend_counts(q->be); i++) {
     const esp_site *site = list[i].site;
     const esp_group *g = site->group;
-    const esp_param *p = &q->adapter->params->list[list[i].weight >= 0 ? list[i].weight : list[i].b];
+    int out = list[i].weight >= 0 ? list[i].weight : list[i].b;
+    const esp_param *p = &q->adapter->params->list[out];
+    if (drawn) {
+      ESP_GOTO(mask_drawn(q, out, step, threshold, mask));
+      if (list[i].a >= 0) ESP_GOTO(mask_drawn(q, list[i].a, step, threshold, mask));
+      continue;
+    }
     ESP_GOTO(mask_rows(seen.y[g->index] + site->col0, seen.rows[g->index], g->out, site->out, threshold,
                        mask + p->offset, p->shape[1]));
     if (list[i].a >= 0) ESP_GOTO(mask_factors(q, &list[i], seen.x[g->index], seen.rows[g->index], threshold, mask));

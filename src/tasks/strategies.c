@@ -156,6 +156,11 @@ esp_status esp_strategies_draw(esp_strategies *set, const esp_sequence *q, const
 esp_status esp_strategies_teach(esp_strategies *set, const esp_sequence *q, const esp_strategy_step *t, esp_batch *b) {
   EACH(set, teach, q, t, b);
 }
+bool esp_strategies_meet(const esp_strategies *set) {
+  for (int i = 0; i < set->n; i++)
+    if (set->list[i].kind->flags & ESP_STRATEGY_MEETS) return true;
+  return false;
+}
 esp_status esp_strategies_pass(esp_strategies *set, const esp_sequence *q, const esp_strategy_step *t) {
   EACH(set, pass, q, t);
 }

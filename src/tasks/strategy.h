@@ -50,7 +50,7 @@ typedef struct esp_strategy_cfg {
   struct {
     esp_data_source data;       /* of general samples */
     const char *loss;           /* label | kl | l1 | l2 | margin */
-    double weight, temperature; /* of what comes from the base */
+    double weight, temperature; /* of what comes from the base; weight 0: dynamic */
     int64_t batch;              /* samples in a step */
   } gere;
   struct {
@@ -117,6 +117,7 @@ typedef struct esp_strategy_cfg {
   struct {
     double threshold; /* share of rows without a gradient */
     int64_t interval, samples, tokens;
+    const char *mask; /* magnitude | random */
   } migu;
 } esp_strategy_cfg;
 
@@ -168,7 +169,8 @@ enum {                                /* esp_strategy_kind.flags */
        ESP_STRATEGY_TEACHES = 2,      /* has `teach`: at most one in a run */
        ESP_STRATEGY_DEPLOYS = 4,      /* has `deploy`: at most one */
        ESP_STRATEGY_ONE_RANK = 8,     /* not with several ranks */
-       ESP_STRATEGY_BANK = 16 /* wants the adapters of earlier tasks beside the present one: policy new_per_task */
+       ESP_STRATEGY_BANK = 16, /* wants the adapters of earlier tasks beside the present one: policy new_per_task */
+       ESP_STRATEGY_MEETS = 32 /* its `pass` talks to other ranks: none passes where one has failed before */
 };
 
 typedef struct esp_strategy_kind {
@@ -328,6 +330,7 @@ esp_status esp_strategies_task_end(esp_strategies *s, const esp_sequence *q);
 esp_status esp_strategies_hand_over(esp_strategies *s, const esp_sequence *q);
 esp_status esp_strategies_draw(esp_strategies *s, const esp_sequence *q, const esp_strategy_step *t, double *weight);
 esp_status esp_strategies_teach(esp_strategies *s, const esp_sequence *q, const esp_strategy_step *t, esp_batch *b);
+bool esp_strategies_meet(const esp_strategies *s); /* some kind has ESP_STRATEGY_MEETS */
 esp_status esp_strategies_pass(esp_strategies *s, const esp_sequence *q, const esp_strategy_step *t);
 double esp_strategies_penalty(esp_strategies *s, const esp_sequence *q, const esp_strategy_step *t);
 esp_status esp_strategies_project(esp_strategies *s, const esp_sequence *q, const esp_strategy_step *t);

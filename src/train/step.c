@@ -38,6 +38,10 @@ static esp_status micro_batches(esp_engine *e, const esp_step_in *in, const esp_
     s->tokens += (double)real;
     for (int64_t t = 0; t < rows->tokens; t++) s->trained += rows->weights[t] != 0.0f;
   }
+  return ESP_OK;
+}
+
+static esp_status passes(esp_engine *e, const esp_strategy_step *t, sums *s) {
   ESP_TRY(esp_strategies_pass(&e->strategies, &e->sequence, t));
   esp_loss_out loss;
   ESP_TRY(esp_model_sums(e->model, &loss)); /* the one wait of the step's computation */
@@ -68,6 +72,9 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
   if (st == ESP_OK) st = esp_strategies_draw(&e->strategies, &e->sequence, &t, &weight);
   t.scale = 1.0 / weight;
   if (st == ESP_OK) st = micro_batches(e, in, &t, rows, &s);
+  /* A pass that talks to other ranks is for all of them or for none. */
+  if (esp_strategies_meet(&e->strategies)) st = esp_comm_agree(e->comm, st);
+  if (st == ESP_OK) st = passes(e, &t, &s);
   if (st == ESP_OK) st = esp_backend_sync(e->be);
   s.failed = st != ESP_OK;
   s.stop = esp_stop_requested();

@@ -26,8 +26,8 @@ go 2 2 two
 go 4 1 four
 go 2 2 again
 same_adapters two again
-for other in two four; do
-  awk -v other=$other '
+same_losses() { # folder of one rank's run, of that on more, their number
+  awk -v other="$3" '
     function value(line, key) { # of a number in a flat JSON line
       if (!match(line, "\"" key "\":[-+0-9.e]+")) return "none"
       return substr(line, RSTART + length(key) + 3, RLENGTH - length(key) - 3)
@@ -39,9 +39,19 @@ for other in two four; do
       if (d > worst) worst = d
       if (value($0, "tokens") != tokens[m]) bad = 1 }
     END { printf "%s ranks: %d steps, losses within %.2e of one rank\n", other, m, worst
-          exit n != m || n == 0 || bad || worst > 1e-4 }' one/metrics.jsonl $other/metrics.jsonl ||
-    fail "$other ranks: losses differ from one rank's"
-done
+          exit n != m || n == 0 || bad || worst > 1e-4 }' "$1/metrics.jsonl" "$2/metrics.jsonl" ||
+    fail "$3 ranks: losses differ from one rank's"
+}
+same_losses one two 2
+same_losses one four 4
+# A weight that is taken of the whole step: a pass of a strategy that sums over ranks.
+printf '{"text":"%s"}\n' "the first of a few" "and the second one" "now comes a third" "this is the last" > general.jsonl
+plain=("${opts[@]}")
+opts+=(continual.strategy=gere 'continual.gere={data: {path: general.jsonl, format: text}, weight: dynamic}' optim.lr=1e-4)
+go 1 4 weighed1
+go 2 2 weighed2
+same_losses weighed1 weighed2 2
+opts=("${plain[@]}")
 code=0
 ranks 2 "$ESPALIER" run recipe.yaml --quiet "${opts[@]}" train.gradient_accumulation_steps=2 --stop-after 5 --output "$work/cut" \
   > log.txt 2>&1 || code=$?

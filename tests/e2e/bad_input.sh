@@ -341,6 +341,7 @@ bad "osf of one LoRA through all tasks" 2 "osf wants factors of its own for each
 bad "osf that retains everything" 2 "continual.osf.retain" $no run r.yaml continual.osf.retain=1
 bad "osf with more for unimportant layers" 2 "continual.osf.retain_min: 0.6 is above retain" $no run r.yaml continual.osf.retain_min=0.6 continual.strategy=osf
 bad "migu that holds every row" 2 "continual.migu.threshold" $no run r.yaml continual.migu.threshold=1
+bad "a mask that is none" 2 "continual.migu.mask: 'some' is not one of" $no run r.yaml continual.migu.mask=some
 bad "more directions than samples" 2 "continual.ogd.directions: 9, of 4 samples" "edit 's/^tasks:/&\\n  - {name: z, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=ogd 'continual.ogd={samples: 4, directions: 9}'
 bad "ogd with one task" 2 "ogd has nothing to do with one task" $no run r.yaml continual.strategy=ogd
 bad "refactor of no factors" 2 "refactor is for lora and o-lora, full has no factors" $no run r.yaml continual.strategy=refactor 'adapter={type: full}'
@@ -408,6 +409,8 @@ bad "answers to one task" 2 "continual.strategy: seqkd has nothing to do with on
 bad "answers longer than rows" 3 "task 'b': no row has a prompt that leaves room for an answer of 4000 tokens" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.strategy=seqkd 'continual.order=[a, b]' continual.seqkd.max_new_tokens=4000
 bad "general samples of nowhere" 2 "continual.gere.data.path: the general samples are missing" $no run r.yaml continual.strategy=gere
 bad "general samples that are not there" 3 "continual.gere.data: .*nothere.jsonl" $no run r.yaml continual.strategy=gere continual.gere.data.path=nothere.jsonl
+bad "a dynamic weight of nothing" 2 "continual.gere.weight: dynamic is the weight of what" $no run r.yaml continual.strategy=gere 'continual.gere={data: {path: a.jsonl}, loss: label, weight: dynamic}'
+bad "a general weight that is a word" 2 "continual.gere.weight" $no run r.yaml continual.gere.weight=static
 bad "a general loss that is none" 2 "continual.gere.loss: 'l3' is not one of" $no run r.yaml continual.gere.loss=l3
 bad "a teacher with another head" 2 "lwf makes the teacher's logits with the frozen head, the adapter changes lm_head" $no run r.yaml continual.strategy=lwf 'adapter.modules_to_save=[lm_head]'
 bad "report of runs of which one is none" 3 "empty.*no run" $no report run empty

@@ -357,77 +357,6 @@ static void osf_importance(void **state) {
   sf_close(&f);
 }
 
-static void check_rows(sf *f, const float *g, int p, const float *h, int64_t tokens, int64_t ld, double threshold) {
-  const esp_param *q = &f->a->params->list[p];
-  int64_t rows = q->shape[0], zero = 0;
-  double *size = calloc((size_t)rows, sizeof *size), kept = INFINITY, held = 0;
-  for (int64_t t = 0; t < tokens; t++) {
-    double sum = 0;
-    for (int64_t j = 0; j < rows; j++) sum += fabs((double)h[t * ld + j]);
-    for (int64_t j = 0; j < rows; j++) size[j] += fabs((double)h[t * ld + j]) / sum;
-  }
-  for (int64_t j = 0; j < rows; j++) {
-    bool any = fx_max_abs(g + q->offset + j * q->shape[1], q->shape[1]) > 0;
-    zero += !any;
-    if (any) kept = fmin(kept, size[j]);
-    if (!any) held = fmax(held, size[j]);
-  }
-  assert_int_equal(zero, (int64_t)(threshold * (double)rows + 1e-9));
-  assert_true(held <= kept);
-  free(size);
-}
-
-/* Rows of the smallest outputs have no gradient, the others keep theirs to the bit. */
-static void migu(void **state) {
-  static const char *const names[] = {"migu"};
-  for (int kind = 0; kind < N_KINDS; kind++) {
-    esp_strategy_cfg cfg = {.names = names, .n = 1, .migu = {0.5, 4, 3, 16}};
-    sf f;
-    esp_trained *list;
-    esp_observed o;
-    esp_sample *some;
-    int64_t count;
-    int n;
-    sf_open(&f, &kinds[kind], &cfg);
-    begin(&f, 0);
-    if (kind < 2) fx_shake(f.a, 0.1f, 4);
-    sf_gradient(&f, 0, 6);
-    float *before = fx_grads(f.a);
-    esp_strategy_step t = {0};
-    OK(esp_strategies_project(&f.set, &f.q, &t));
-    float *g = fx_grads(f.a);
-    for (int64_t i = 0; i < f.a->params->total; i++) assert_true(g[i] == 0 || g[i] == before[i]);
-    OK(esp_trained_list(&f.set.list[0], &f.q, &list, &n));
-    OK(esp_sequence_some(&f.q, 3, &some, &count));
-    OK(esp_observe(&f.q, list, n, some, count, 16, true, &o));
-    for (int i = 0; i < n; i++) {
-      const esp_group *group = list[i].site->group;
-      int64_t rows = o.rows[group->index], in = group->in;
-      bool whole = list[i].weight >= 0;
-      check_rows(&f, g, whole ? list[i].weight : list[i].b, o.y[group->index] + list[i].site->col0, rows, group->out,
-                 0.5);
-      if (whole) continue;
-      float h[16 * 8], *now = fx_masters(f.a);
-      const esp_param *a = &f.a->params->list[list[i].a];
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < a->shape[0]; j++) {
-          double sum = 0;
-          for (int64_t c = 0; c < in; c++)
-            sum += (double)o.x[group->index][r * in + c] * (double)now[a->offset + j * in + c];
-          h[r * a->shape[0] + j] = (float)sum;
-        }
-      check_rows(&f, g, list[i].a, h, rows, a->shape[0], 0.5);
-      free(now);
-    }
-    free(before);
-    free(g);
-    esp_observed_deinit(&o);
-    esp_mem_free(some);
-    esp_mem_free(list);
-    sf_close(&f);
-  }
-}
-
 /* No step along the directions of earlier tasks: orthonormal over all tasks, orthogonal to what the masters have
  * changed by, and with as many as samples the samples' own gradients lie in their span. */
 static void ogd(void **state) {
@@ -585,12 +514,11 @@ static void refused(void **state) {
 int main(void) {
   fx_setup();
   sf_setup();
-  const struct CMUnitTest tests[] = {cmocka_unit_test(observed),   cmocka_unit_test(bases),
-                                     cmocka_unit_test(nullspace),  cmocka_unit_test(gpm),
-                                     cmocka_unit_test(osf),        cmocka_unit_test(osf_importance),
-                                     cmocka_unit_test(migu),       cmocka_unit_test(ogd),
-                                     cmocka_unit_test(refactored), cmocka_unit_test(refactor_in_run),
-                                     cmocka_unit_test(refused)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(observed), cmocka_unit_test(bases),      cmocka_unit_test(nullspace),
+      cmocka_unit_test(gpm),      cmocka_unit_test(osf),        cmocka_unit_test(osf_importance),
+      cmocka_unit_test(ogd),      cmocka_unit_test(refactored), cmocka_unit_test(refactor_in_run),
+      cmocka_unit_test(refused)};
   int failed = cmocka_run_group_tests(tests, NULL, NULL);
   fx_teardown();
   return failed;
