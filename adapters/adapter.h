@@ -287,6 +287,8 @@ struct esp_adapter { /* one named adapter on one model */
 
 const esp_adapter_kind *esp_adapter_find(const char *name);
 const char *const *esp_adapter_names(int *n);
+/* Type none, and nothing beside it. */
+bool esp_adapter_trains_nothing(const esp_adapter_cfg *c);
 /* An init of LoRA after which the base is not the one that was loaded. NULL: no. */
 bool esp_lora_rewrites_base(const char *init);
 

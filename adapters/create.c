@@ -124,6 +124,11 @@ esp_status esp_cfg_copy(esp_arena *arena, const esp_adapter_cfg *in, esp_adapter
   return ESP_OK;
 }
 
+bool esp_adapter_trains_nothing(const esp_adapter_cfg *c) {
+  return c->type && esp_adapter_find(c->type) == &esp_kind_none && c->n_modules_to_save == 0 &&
+         c->n_trainable_tokens == 0 && (!c->bias || !strcmp(c->bias, "none"));
+}
+
 static esp_status check_cfg(const esp_adapter_kind *kind, esp_adapter_cfg *cfg) {
   if (!cfg->init) cfg->init = "default";
   if (!cfg->bias) cfg->bias = "none";

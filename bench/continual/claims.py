@@ -533,7 +533,8 @@ def strategies(a):
         runs = {(r["variant"], r["order"], r["seed"]): r for r in json.load(f)["runs"] if r["finished"]}
     lines = []
     for one, other in (("l2", "naive"), ("ewc", "naive"), ("lwf", "naive"), ("l2", "ewc"), ("l2", "lwf"),
-                       ("migu", "naive"), ("o-lora", "naive"), ("bank-nearest", "oracle"), ("bank-nearest", "i-lora")):
+                       ("migu", "naive"), ("o-lora", "naive"), ("bank-nearest", "oracle"), ("bank-nearest", "i-lora"),
+                       ("ncm", "naive"), ("ncm", "i-lora"), ("ncm", "bank-nearest")):
         pairs = [(r, runs[(other, *key[1:])]) for key, r in runs.items() if key[0] == one and (other, *key[1:]) in runs]
         differences = lambda k: stat((x[k] - y[k] for x, y in pairs), sign=True) if len(pairs) > 1 else "-"
         lines.append((f"{one} - {other}", len(pairs), *map(differences, ("acc", "forgetting", "learning_acc"))))

@@ -10,6 +10,7 @@ variants=(
   'joint: continual.policy=joint'
   'oracle: continual.policy=new_per_task; continual.strategy=bank; continual.bank.selector=oracle'
   'bank-nearest: continual.policy=new_per_task; continual.strategy=bank; continual.bank.selector=nearest'
+  'ncm: adapter.type=none; continual.strategy=ncm'
   'replay-1: continual.strategy=replay; continual.replay.buffer=1%'
   'replay-5: continual.strategy=replay; continual.replay.buffer=5%'
   'o-lora: adapter.type=o-lora; adapter.orthogonal_lambda=0.05'

@@ -187,7 +187,7 @@ esp_status esp_run_data_inside(const esp_run_data *d, double window, esp_curve_s
   if (!m) return ESP_OK;
   esp_score_points *points = esp_mem_alloc(ESP_MEM_HOST, (size_t)(m->tasks + 1) * sizeof *points);
   if (!points) return ESP_ERR_MEMORY;
-  bool curves = true;
+  bool curves = d->n > 0; /* without steps all points have one */
   for (int t = 0; t < m->tasks; t++)
     curves =
         curves && m->column[t] >= 0 && esp_run_data_curve(d, m->set_name[m->column[t]], m->set_metric[m->column[t]]);

@@ -82,6 +82,7 @@ static esp_status choice(esp_model *m, const esp_dataset *d, esp_stack *stack, c
   if (labels < 2)
     return esp_fail(ESP_ERR_DATA, "metric choice needs a classification set with two or more labels, this has %d",
                     labels);
+  if (esp_score_answered(d, cfg)) return esp_score_answered_choice(d, cfg, out);
   int64_t n = esp_score_samples_of(d, cfg), pending_n = 0, label_tokens = 0;
   for (int k = 0; k < labels; k++) label_tokens += label_ids[k].n;
   int64_t *pending = esp_mem_alloc(ESP_MEM_DATA, (size_t)(cfg->batch_tokens + 1) * sizeof *pending);

@@ -24,6 +24,12 @@ void esp_batcher_deinit(esp_batcher *b);
 int64_t esp_score_samples_of(const esp_dataset *d, const esp_score_cfg *cfg);
 esp_status esp_score_generated(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
                                const esp_score_cfg *cfg, esp_score_sums *out);
+/* Whether a strategy answers the rows of the set itself, its answers as texts of labels, and the share of them that are
+ * right. */
+bool esp_score_answered(const esp_dataset *d, const esp_score_cfg *cfg);
+esp_status esp_score_answer(const esp_dataset *d, const esp_score_cfg *cfg, const int64_t *index, int n,
+                            const char **out);
+esp_status esp_score_answered_choice(const esp_dataset *d, const esp_score_cfg *cfg, esp_score_sums *out);
 esp_status esp_score_base(esp_model *m, const esp_dataset *d, esp_stack *stack, const esp_score_cfg *cfg,
                           esp_score_sums *out);
 

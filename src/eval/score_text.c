@@ -98,6 +98,28 @@ static esp_status complete(esp_model *m, const esp_tokenizer *tok, const esp_dat
   return esp_generate(m, stack, prompts, n, &gen, answers);
 }
 
+/* As text, for the caller to free: a strategy's answers, or what is generated. */
+static esp_status answer(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
+                         const esp_score_cfg *cfg, const int64_t *index, int n, char **text) {
+  esp_status st = ESP_OK;
+  esp_ids ids[MAX_BATCH] = {0};
+  const char *own[MAX_BATCH];
+  if (esp_score_answered(d, cfg)) {
+    ESP_TRY(esp_score_answer(d, cfg, index, n, own));
+    for (int k = 0; k < n; k++)
+      if (!(text[k] = esp_mem_strdup(ESP_MEM_HOST, own[k]))) return ESP_ERR_MEMORY;
+    return ESP_OK;
+  }
+  ESP_GOTO(complete(m, tok, d, stack, cfg, index, n, ids));
+  for (int k = 0; k < n; k++) {
+    size_t len;
+    ESP_GOTO(esp_tokenizer_decode(tok, ids[k].data, ids[k].n, true, &text[k], &len));
+  }
+out:
+  for (int k = 0; k < n; k++) esp_ids_deinit(&ids[k]);
+  return st;
+}
+
 static void count_malformed(const esp_dataset *d, int64_t i, const char *answer, esp_score_sums *out) {
   const char *const *names;
   const esp_ids *ids;
@@ -111,22 +133,17 @@ static void count_malformed(const esp_dataset *d, int64_t i, const char *answer,
 
 static esp_status generated_batch(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
                                   const esp_score_cfg *cfg, const int64_t *index, int n, esp_score_sums *out) {
-  esp_status st = ESP_OK;
-  esp_ids answers[MAX_BATCH] = {0};
-  ESP_GOTO(complete(m, tok, d, stack, cfg, index, n, answers));
-  for (int k = 0; k < n; k++) {
-    char *text = NULL;
-    size_t len;
-    ESP_GOTO(esp_tokenizer_decode(tok, answers[k].data, answers[k].n, true, &text, &len));
+  char *text[MAX_BATCH] = {0};
+  esp_status st = answer(m, tok, d, stack, cfg, index, n, text);
+  for (int k = 0; st == ESP_OK && k < n; k++) {
     const char *reference = esp_dataset_answer(d, index[k]);
-    out->num += cfg->metric == ESP_METRIC_EXACT_MATCH ? esp_exact_match(text, reference) : esp_rouge_l(text, reference);
+    out->num +=
+        cfg->metric == ESP_METRIC_EXACT_MATCH ? esp_exact_match(text[k], reference) : esp_rouge_l(text[k], reference);
     out->den++;
     out->samples++;
-    count_malformed(d, index[k], text, out);
-    esp_mem_free(text);
+    count_malformed(d, index[k], text[k], out);
   }
-out:
-  for (int k = 0; k < n; k++) esp_ids_deinit(&answers[k]);
+  for (int k = 0; k < n; k++) esp_mem_free(text[k]);
   return st;
 }
 
@@ -150,41 +167,41 @@ esp_status esp_score_generated(esp_model *m, const esp_tokenizer *tok, const esp
 
 /* ---- samples ---- */
 
-static esp_status put_text(const esp_tokenizer *tok, const int32_t *ids, int64_t n, const char *key, esp_strbuf *out) {
-  char *text = NULL;
-  size_t len;
-  ESP_TRY(esp_tokenizer_decode(tok, ids, n, true, &text, &len));
+static void put_text(const char *text, const char *key, esp_strbuf *out) {
   esp_strbuf_printf(out, ", \"%s\": ", key);
-  esp_strbuf_json(out, text, len);
-  esp_mem_free(text);
+  esp_strbuf_json(out, text, strlen(text));
+}
+
+static esp_status put_sample(const esp_tokenizer *tok, const esp_dataset *d, int64_t i, const char *answer,
+                             const char *set, esp_strbuf *out) {
+  const int32_t *ids;
+  const float *weights;
+  int64_t n;
+  size_t len;
+  char *prompt = NULL;
+  const char *reference = esp_dataset_answer(d, i);
+  esp_dataset_sample(d, i, &ids, &weights, &n);
+  ESP_TRY(esp_tokenizer_decode(tok, ids, esp_dataset_prompt_len(d, i), true, &prompt, &len));
+  esp_strbuf_puts(out, out->len > 0 ? ",\n{\"set\": " : "{\"set\": ");
+  esp_strbuf_json(out, set, strlen(set));
+  esp_strbuf_printf(out, ", \"index\": %lld", (long long)i);
+  put_text(prompt, "prompt", out);
+  put_text(answer, "answer", out);
+  put_text(reference ? reference : "", "reference", out);
+  esp_strbuf_puts(out, "}");
+  esp_mem_free(prompt);
   return ESP_OK;
 }
 
 esp_status esp_score_samples(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
                              const esp_score_cfg *cfg, const char *set, esp_strbuf *out) {
   int64_t n = esp_score_samples_of(d, cfg);
-  bool first = true;
   for (int64_t i = 0; i < n; i++) { /* one by one: a sample does not depend on what is beside it */
-    esp_ids answer = {0};
-    const int32_t *ids;
-    const float *weights;
-    int64_t len, prompt = esp_dataset_prompt_len(d, i);
-    if (prompt <= 1) continue; /* running text: everything is predicted */
-    esp_status st = complete(m, tok, d, stack, cfg, &i, 1, &answer);
-    if (st == ESP_OK && out) {
-      const char *reference = esp_dataset_answer(d, i);
-      esp_dataset_sample(d, i, &ids, &weights, &len);
-      esp_strbuf_puts(out, first ? "{\"set\": " : ",\n{\"set\": ");
-      esp_strbuf_json(out, set, strlen(set));
-      esp_strbuf_printf(out, ", \"index\": %lld", (long long)i);
-      st = put_text(tok, ids, prompt, "prompt", out);
-      if (st == ESP_OK) st = put_text(tok, answer.data, answer.n, "answer", out);
-      esp_strbuf_puts(out, ", \"reference\": ");
-      esp_strbuf_json(out, reference ? reference : "", reference ? strlen(reference) : 0);
-      esp_strbuf_puts(out, "}");
-      first = false;
-    }
-    esp_ids_deinit(&answer);
+    char *text = NULL;
+    if (esp_dataset_prompt_len(d, i) <= 1) continue; /* running text: everything is predicted */
+    esp_status st = answer(m, tok, d, stack, cfg, &i, 1, &text);
+    if (st == ESP_OK && out) st = put_sample(tok, d, i, text, set, out);
+    esp_mem_free(text);
     ESP_TRY(st);
   }
   return ESP_OK;

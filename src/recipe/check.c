@@ -223,8 +223,10 @@ static void check_strategies(esp_binder *b, const esp_node *root) {
                               .one_adapter = policy == ESP_POLICY_CONTINUE || r->n_tasks == 1,
                               .new_per_task = policy == ESP_POLICY_NEW_PER_TASK};
   task_schedules(b);
+  facts.frozen = r->n_tasks > 0;
   for (int i = 0; i < r->n_tasks; i++) {
     const esp_adapter_kind *kind = r->tasks[i].adapter.type ? esp_adapter_find(r->tasks[i].adapter.type) : NULL;
+    facts.frozen &= esp_adapter_trains_nothing(&r->tasks[i].adapter);
     facts.adapter_moves |= kind && kind->resized;
   }
   if (esp_strategies_check(c, &facts) != ESP_OK)

@@ -367,6 +367,7 @@ static const esp_key continual_keys[] = {
      .flags = ESP_K_COMMON, .names = esp_strategy_names, .aliases = "strategies",
      .help = "what is done against forgetting, one or several that act in this order"},
     {"bank", ESP_T_OBJECT, .object = &esp_schema_bank},
+    {"ncm", ESP_T_OBJECT, .object = &esp_schema_ncm},
     {"replay", ESP_T_OBJECT, .object = &esp_schema_replay},
     {"l2", ESP_T_OBJECT, .object = &esp_schema_l2},
     {"gem", ESP_T_OBJECT, .object = &esp_schema_gem},

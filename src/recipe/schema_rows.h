@@ -29,6 +29,7 @@ extern const esp_object esp_schema_gpm;
 extern const esp_object esp_schema_group_lasso;
 extern const esp_object esp_schema_l2;
 extern const esp_object esp_schema_migu;
+extern const esp_object esp_schema_ncm;
 extern const esp_object esp_schema_nullspace;
 extern const esp_object esp_schema_ogd;
 extern const esp_object esp_schema_osf;

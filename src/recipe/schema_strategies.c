@@ -18,6 +18,14 @@ static const esp_key bank_keys[] = {
 };
 STRATEGY(bank, "Strategy bank: an adapter for each task and a selector. With policy new_per_task.");
 
+static const esp_key ncm_keys[] = {
+    {"metric", ESP_T_WORD, AT(continual.strategy.ncm.metric), .def = "cosine", WORDS("cosine", "euclidean"),
+     .help = "what is near"},
+    {"choices", ESP_T_WORD, AT(continual.strategy.ncm.choices), .def = "set", WORDS("set", "seen"),
+     .help = "the classes a row is compared with: those of its own set, as in all other scores, or all that were seen"},
+};
+STRATEGY(ncm, "Strategy ncm: nothing is trained, the nearest class mean of the base's features answers. A reference.");
+
 static const esp_key replay_keys[] = {
     {"buffer", ESP_T_SHARE, AT(continual.strategy.replay.buffer), .def = "1%", .flags = ESP_K_ABOVE_MIN, RANGE(0, 1e9),
      .help = "samples kept of all finished tasks together, or a percentage of each one's"},

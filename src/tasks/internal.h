@@ -13,6 +13,7 @@ extern const esp_strategy_kind esp_strategy_group_lasso;
 extern const esp_strategy_kind esp_strategy_l2;
 extern const esp_strategy_kind esp_strategy_lwf;
 extern const esp_strategy_kind esp_strategy_gpm;
+extern const esp_strategy_kind esp_strategy_ncm;
 extern const esp_strategy_kind esp_strategy_nullspace;
 extern const esp_strategy_kind esp_strategy_osf;
 extern const esp_strategy_kind esp_strategy_ogd;

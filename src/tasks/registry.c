@@ -6,6 +6,7 @@
 /* clang-format off */
 static const esp_strategy_kind *const kinds[] = {
     &esp_strategy_bank,
+    &esp_strategy_ncm,
     &esp_strategy_replay,
     &esp_strategy_l2,
     &esp_strategy_gem,

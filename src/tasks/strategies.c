@@ -48,6 +48,13 @@ esp_status esp_strategies_check(const esp_strategy_cfg *c, const esp_strategy_fa
                       "continual.strategy: %s chooses among the adapters of tasks, which "
                       "continual.policy: new_per_task makes",
                       k->name);
+    if ((k->flags & ESP_STRATEGY_FROZEN) && !f->frozen)
+      return esp_fail(ESP_ERR_RECIPE,
+                      "continual.strategy: %s is for a base on which nothing is trained (adapter.type: none)", k->name);
+    if (!(k->flags & ESP_STRATEGY_FROZEN) && f->frozen)
+      return esp_fail(ESP_ERR_RECIPE,
+                      "continual.strategy: %s has nothing to do where nothing is trained (adapter.type: none)",
+                      k->name);
     if (k->check) ESP_TRY(k->check(c, f->n_tasks));
   }
   ESP_TRY(at_most_one(c, ESP_STRATEGY_TEACHES, "both need a teacher's pass"));
@@ -188,6 +195,25 @@ esp_status esp_strategies_choose(esp_strategies *set, const esp_sequence *q, int
                                  esp_batch *b) {
   if (!set || !set->deployed) return ESP_OK;
   EACH(set, choose, q, owner, prompt, b);
+}
+
+static esp_strategy *answering(const esp_strategies *set, const char *const *labels, int n) {
+  for (int i = 0; set && set->deployed && i < set->n; i++) {
+    esp_strategy *s = &set->list[i];
+    if (s->kind->answers && s->kind->answers(s, labels, n)) return s;
+  }
+  return NULL;
+}
+
+bool esp_strategies_answers(const esp_strategies *set, const char *const *labels, int n) {
+  return answering(set, labels, n) != NULL;
+}
+
+esp_status esp_strategies_answer(esp_strategies *set, const esp_sequence *q, const char *const *labels, int n,
+                                 const int32_t *prompt, const esp_batch *b, const char **out) {
+  esp_strategy *s = answering(set, labels, n);
+  if (!s) return esp_fail(ESP_ERR_INTERNAL, "no strategy answers these labels");
+  return s->kind->answer(s, q, labels, n, prompt, b, out);
 }
 
 int64_t esp_strategies_bytes(const esp_strategies *set, int i, const esp_sequence *q) {

@@ -8,7 +8,8 @@
  * Order in a step: `draw` (rows beside the step's own), then for every micro-batch `teach` and forward and backward,
  * `pass` (the drawn rows), the sum over ranks, `penalty`, `project`, clipping, the optimizer, `after_step`.
  * At a task: `task_begin` before its first step; after its last one `task_end`, then the adapter is saved and measured
- * between `deploy(true)` and `deploy(false)`, then, before another task, `hand_over`.
+ * between `deploy(true)` and `deploy(false)`, then, before another task, `hand_over`. Where nothing is trained
+ * (adapter.type none) tasks have no steps, and all else is the same.
  */
 #ifndef ESP_TASKS_STRATEGY_H
 #define ESP_TASKS_STRATEGY_H
@@ -29,6 +30,9 @@ typedef struct esp_strategy_cfg {
     int64_t centroids, samples, top_k;
     double temperature;
   } bank;
+  struct {
+    const char *metric, *choices; /* cosine | euclidean; set | seen */
+  } ncm;
   struct {
     double buffer; /* what is kept and how it is chosen: tasks/memory.h */
     int64_t bytes;
@@ -169,8 +173,9 @@ enum {                                /* esp_strategy_kind.flags */
        ESP_STRATEGY_TEACHES = 2,      /* has `teach`: at most one in a run */
        ESP_STRATEGY_DEPLOYS = 4,      /* has `deploy`: at most one */
        ESP_STRATEGY_ONE_RANK = 8,     /* not with several ranks */
-       ESP_STRATEGY_BANK = 16, /* wants the adapters of earlier tasks beside the present one: policy new_per_task */
-       ESP_STRATEGY_MEETS = 32 /* its `pass` talks to other ranks: none passes where one has failed before */
+       ESP_STRATEGY_BANK = 16,  /* wants the adapters of earlier tasks beside the present one: policy new_per_task */
+       ESP_STRATEGY_MEETS = 32, /* its `pass` talks to other ranks: none passes where one has failed before */
+       ESP_STRATEGY_FROZEN = 64 /* of a base on which nothing is trained; no other kind is for such a run */
 };
 
 typedef struct esp_strategy_kind {
@@ -213,6 +218,12 @@ typedef struct esp_strategy_kind {
    * the rows belong to, -1: none; only an oracle reads it. */
   esp_status (*choose)(esp_strategy *s, const esp_sequence *q, int owner, const int32_t *prompt, esp_batch *b);
 
+  /* While deployed: whether it answers rows of a set of labels itself, and the answers, from the first prompt[i] tokens
+   * of each sequence alone: out[i] is a label's text that lives until the next call. */
+  bool (*answers)(const esp_strategy *s, const char *const *labels, int n);
+  esp_status (*answer)(esp_strategy *s, const esp_sequence *q, const char *const *labels, int n, const int32_t *prompt,
+                       const esp_batch *b, const char **out);
+
   /* What a checkpoint must hold beside the arrays, and bytes held beside them (samples kept). */
   void (*state_write)(const esp_strategy *s, struct json_t *j);
   esp_status (*state_read)(esp_strategy *s, const struct json_t *j, const char *path);
@@ -243,6 +254,7 @@ typedef struct esp_strategy_facts { /* of a recipe, for the rules between strate
   bool adapter_moves; /* its ranks change in a run */
   bool one_adapter;   /* it lives through all tasks */
   bool new_per_task;  /* the policy of that name */
+  bool frozen;        /* nothing is trained in it */
 } esp_strategy_facts;
 /* Rules of a recipe: pairs, flags, and each kind's own. */
 esp_status esp_strategies_check(const esp_strategy_cfg *c, const esp_strategy_facts *f);
@@ -339,6 +351,11 @@ esp_status esp_strategies_deploy(esp_strategies *s, const esp_sequence *q, bool 
 /* Nothing unless deployed and a strategy chooses. */
 esp_status esp_strategies_choose(esp_strategies *s, const esp_sequence *q, int owner, const int32_t *prompt,
                                  esp_batch *b);
+/* Whether a strategy answers rows of a set of these labels itself (never unless deployed; s may be NULL), and the
+ * answers. */
+bool esp_strategies_answers(const esp_strategies *s, const char *const *labels, int n);
+esp_status esp_strategies_answer(esp_strategies *s, const esp_sequence *q, const char *const *labels, int n,
+                                 const int32_t *prompt, const esp_batch *b, const char **out);
 /* Bytes that strategy i holds: its arrays and what it says itself. */
 int64_t esp_strategies_bytes(const esp_strategies *s, int i, const esp_sequence *q);
 /* Arrays and state into two files (nothing for an empty set), and back from their contents; path: for messages. */

@@ -224,11 +224,15 @@ static esp_status one_step(esp_loop *l, const esp_recipe_task *t, const esp_pack
   return ESP_OK;
 }
 
-static esp_status interrupted(esp_loop *l) {
-  ESP_TRY(checkpoint(l, false));
+static esp_status stopped(esp_loop *l) {
   return esp_fail(ESP_ERR_INTERRUPTED, "stopped after step %lld of %lld; complete checkpoint: %s",
                   (long long)l->state.at.step, (long long)l->total_steps,
                   l->comm->rank == 0 ? l->checkpoint : "written by rank 0");
+}
+
+static esp_status interrupted(esp_loop *l) {
+  ESP_TRY(checkpoint(l, false));
+  return stopped(l);
 }
 
 static esp_status task_steps_loop(esp_loop *l, int task) {
@@ -321,6 +325,13 @@ static esp_status end_task(esp_loop *l, int task) {
   return checkpoint(l, false);
 }
 
+/* Steps ask whether to stop. Where there are none, it is asked behind the checkpoint between two tasks. */
+static esp_status stop_between(esp_loop *l) {
+  double stop = esp_stop_requested();
+  if (l->comm->size > 1) ESP_TRY(l->comm->ops->all_reduce_f64(l->comm, &stop, 1));
+  return stop > 0 ? stopped(l) : ESP_OK;
+}
+
 static esp_status tasks_loop(esp_loop *l) {
   esp_cursor *at = &l->state.at;
   while (at->task < l->r->n_tasks) {
@@ -330,6 +341,7 @@ static esp_status tasks_loop(esp_loop *l) {
     esp_loop_emit(l, &e);
     ESP_TRY(task_steps_loop(l, task));
     ESP_TRY(end_task(l, task));
+    if (l->plan.task[task].steps == 0 && at->task < l->r->n_tasks) ESP_TRY(stop_between(l));
   }
   return ESP_OK;
 }

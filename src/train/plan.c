@@ -79,26 +79,14 @@ static esp_status evaluations(esp_engine *e, const esp_train_data *d, const esp_
   return ESP_OK;
 }
 
-static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_train_hooks *hooks, int task, bool fresh,
-                            const esp_task_steps *c, double *flops) {
+/* The step again with the stack at its full height, now as a whole over the first rows: this is also what is counted.
+ */
+static esp_status plan_step(esp_engine *e, const esp_train_data *d, int task, const esp_task_steps *c, double *flops) {
   const esp_recipe *r = e->r;
   const esp_recipe_task *t = &r->tasks[task];
   esp_status st = ESP_OK;
   esp_packs *packs = NULL;
   esp_rows rows = {0};
-  e->n_earlier = esp_engine_keeps(r, task);
-  if (fresh) ESP_GOTO(esp_engine_load(e, r->model.base_model, &t->adapter, NULL, true));
-  ESP_GOTO(esp_engine_optim(e, &t->optim, task > 0));
-  if (!e->stack_ready) ESP_GOTO(esp_engine_stack(e, 0));
-  const esp_adapter_kind *kind = e->adapter->kind;
-  if (kind->task_begin) ESP_GOTO(kind->task_begin(e->adapter, task));
-  ESP_GOTO(largest(e, c, r->memory.activation_checkpointing, false));
-  if (fresh) ESP_GOTO(esp_calibrate(e, r, d, task));
-  /* Again with the stack at its full height, now as a whole step over the first rows: this is also what is counted. */
-  ESP_GOTO(esp_engine_task(e, task, c));
-  ESP_GOTO(esp_strategies_deploy(&e->strategies, &e->sequence, true));
-  if (fresh || kind->task_begin) ESP_GOTO(evaluations(e, d, hooks)); /* what an evaluation holds may grow with tasks */
-  ESP_GOTO(esp_strategies_deploy(&e->strategies, &e->sequence, false));
   ESP_GOTO(largest(e, c, r->memory.activation_checkpointing, true));
   ESP_GOTO(esp_packs_create(d->task[task], &t->data_cfg, r->seed, task, 0, &packs));
   double before = e->be->stats.flops;
@@ -113,14 +101,36 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   esp_step_out out;
   ESP_GOTO(esp_train_step(e, &in, &rows, &out));
   *flops = (e->be->stats.flops - before) / (double)(out.tokens > 0 ? out.tokens : 1); /* per token */
-  ESP_GOTO(esp_strategies_task_end(&e->strategies, &e->sequence));
-  if (task + 1 < r->n_tasks) ESP_GOTO(esp_strategies_hand_over(&e->strategies, &e->sequence));
-  /* again over what strategies have come to hold, and over the stack at the height that they need */
-  if (e->strategies.n > 0 && task + 1 == r->n_tasks) ESP_GOTO(evaluations(e, d, hooks));
 out:
   esp_packs_destroy(packs);
   esp_rows_deinit(&rows);
   return st;
+}
+
+static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_train_hooks *hooks, int task, bool fresh,
+                            const esp_task_steps *c, double *flops) {
+  const esp_recipe *r = e->r;
+  const esp_recipe_task *t = &r->tasks[task];
+  e->n_earlier = esp_engine_keeps(r, task);
+  if (fresh) ESP_TRY(esp_engine_load(e, r->model.base_model, &t->adapter, NULL, true));
+  ESP_TRY(esp_engine_optim(e, &t->optim, task > 0));
+  if (!e->stack_ready) ESP_TRY(esp_engine_stack(e, 0));
+  const esp_adapter_kind *kind = e->adapter->kind;
+  if (kind->task_begin) ESP_TRY(kind->task_begin(e->adapter, task));
+  if (c->steps > 0) ESP_TRY(largest(e, c, r->memory.activation_checkpointing, false));
+  if (fresh) ESP_TRY(esp_calibrate(e, r, d, task));
+  ESP_TRY(esp_engine_task(e, task, c));
+  ESP_TRY(esp_strategies_deploy(&e->strategies, &e->sequence, true));
+  if (fresh || kind->task_begin) ESP_TRY(evaluations(e, d, hooks)); /* what an evaluation holds may grow with tasks */
+  ESP_TRY(esp_strategies_deploy(&e->strategies, &e->sequence, false));
+  if (c->steps > 0) ESP_TRY(plan_step(e, d, task, c, flops));
+  ESP_TRY(esp_strategies_task_end(&e->strategies, &e->sequence));
+  if (task + 1 < r->n_tasks) ESP_TRY(esp_strategies_hand_over(&e->strategies, &e->sequence));
+  /* again over what strategies have come to hold, and over the stack at the height that they need */
+  if (e->strategies.n == 0 || task + 1 < r->n_tasks) return ESP_OK;
+  ESP_TRY(esp_strategies_deploy(&e->strategies, &e->sequence, true));
+  ESP_TRY(evaluations(e, d, hooks));
+  return esp_strategies_deploy(&e->strategies, &e->sequence, false);
 }
 
 /* With a device, memory.limit is of its memory; the host's is bounded by what the machine has. */

@@ -1,4 +1,5 @@
-/* steps.c: how many steps a task takes and the largest shapes in it: exact, by packing every epoch. */
+/* steps.c: how many steps a task takes and the largest shapes in it: exact, by packing every epoch. None where nothing
+ * is trained; one epoch is packed there for its shapes. */
 #include <math.h>
 
 #include "train/train.h"
@@ -37,6 +38,7 @@ esp_status esp_task_count(const esp_recipe *r, int task, const esp_dataset *d, i
   esp_rows rows = {0};
   const esp_recipe_train *t = &r->tasks[task].train;
   *out = (esp_task_steps){.samples = esp_dataset_count(d)};
+  bool nothing = esp_adapter_trains_nothing(&r->tasks[task].adapter);
   double epochs_left = t->epochs;
   for (int64_t epoch = 0; t->max_steps > 0 ? out->steps < t->max_steps : epochs_left > 1e-9; epoch++) {
     ESP_GOTO(esp_packs_create(d, &r->tasks[task].data_cfg, r->seed, task, epoch, &p));
@@ -54,7 +56,9 @@ esp_status esp_task_count(const esp_recipe *r, int task, const esp_dataset *d, i
     epochs_left -= 1;
     esp_packs_destroy(p);
     p = NULL;
+    if (nothing) break;
   }
+  if (nothing) out->steps = out->tokens = 0;
 out:
   esp_packs_destroy(p);
   esp_rows_deinit(&rows);

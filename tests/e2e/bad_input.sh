@@ -393,6 +393,11 @@ bad "values held for adapters that come and go" 2 "l2 needs one adapter through 
 bad "joint against forgetting" 2 "with policy joint there is nothing to forget" $no run r.yaml continual.policy=joint continual.strategy=l2
 bad "selector on one adapter" 2 "bank chooses among the adapters of tasks, which continual.policy: new_per_task makes" $no run r.yaml continual.strategy=bank
 bad "selector that is none" 2 "continual.bank.selector: 'best' is not one of" $no run r.yaml continual.bank.selector=best
+bad "class means beside an adapter" 2 "ncm is for a base on which nothing is trained \(adapter.type: none\)" $no run r.yaml continual.strategy=ncm
+bad "class means beside trained modules" 2 "ncm is for a base on which nothing is trained" $no run r.yaml continual.strategy=ncm 'adapter={type: none, modules_to_save: [lm_head]}'
+bad "class means of rows without labels" 3 "a.jsonl:1: the row has no label \(format classification\)" $no run r.yaml continual.strategy=ncm 'adapter={type: none}'
+bad "a strategy where nothing is trained" 2 "l2 has nothing to do where nothing is trained" $no run r.yaml continual.strategy=l2 'adapter={type: none}'
+bad "nearness that is none" 2 "continual.ncm.metric: 'manhattan' is not one of" $no run r.yaml continual.ncm.metric=manhattan
 bad "several of the nearest" 2 "continual.bank.top_k: only the selector keys weights" $no run r.yaml continual.strategy=bank continual.policy=new_per_task continual.bank.top_k=2
 bad "adapters chosen by row that are not by row" 2 "cannot be chosen per row" $no run r.yaml continual.strategy=bank continual.policy=new_per_task 'adapter.modules_to_save=[lm_head]'
 bad "one export of many adapters" 2 "after.0.: the run ends with an adapter for each task" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml continual.policy=stack 'after=[export: {out: e}]'
