@@ -243,7 +243,7 @@ def fit_many(features, ys):
 
 # ---- the claims ---------------------------------------------------------------------------------------------------
 
-MEASURES = ("acc", "forgetting", "learning_acc")
+MEASURES, HEADS = ("acc", "forgetting", "learning_acc"), ("ACC", "forgetting", "learning")
 
 
 def three_tasks(a, name):
@@ -269,18 +269,22 @@ def sequence(a, name, tasks):
 
 def differences(one, other):
     """Mean and spread of the differences of runs of the same order and seed."""
-    return [stat((x.matrix[k] - y.matrix[k] for x, y in zip(one, other)), sign=True)
-            for k in ("acc", "forgetting", "learning_acc")]
+    return [stat((x.matrix[k] - y.matrix[k] for x, y in zip(one, other)), sign=True) for k in MEASURES]
+
+
+def compare(runs, pairs):
+    return table(("difference", "pairs", "higher ACC in", *HEADS),
+                 [(f"{x} - {y}", len(runs[x]),
+                   sum(p.matrix["acc"] > q.matrix["acc"] for p, q in zip(runs[x], runs[y])),
+                   *differences(runs[x], runs[y])) for x, y in pairs])
 
 
 def regularise(a):
-    """R7: L2, EWC and distillation, each with the weight that is best on another sequence."""
+    """R7: L2, EWC and distillation of features, each with the weight that is best on another sequence."""
     kinds = {"l2": ("continual.strategy=l2; continual.l2.weight=", (0.003, 0.01, 0.03, 0.1, 0.3)),
              "ewc": ("continual.strategy=ewc; continual.ewc.samples=128; continual.ewc.weight=",
                      (10, 30, 100, 300, 1000)),
-             "features": ("continual.strategy=lwf; continual.lwf.kl=0; continual.lwf.hidden=", (0.1, 0.3, 1, 3, 10)),
-             "logits": ("continual.strategy=lwf; continual.lwf.temperature=2; continual.lwf.kl=",
-                        (0.1, 0.3, 1, 3, 10))}
+             "features": ("continual.strategy=lwf; continual.lwf.kl=0; continual.lwf.hidden=", (0.1, 0.3, 1, 3, 10))}
     common = ["train.max_steps=80"]
     tuned = sweep(a, "regularise_tuning", sequence(a, "regularise_tuning", TUNING),
                   {"naive": "", **{f"{k}-{w}": f"{text}{w}" for k, (text, ws) in kinds.items() for w in ws}}, common,
@@ -291,20 +295,31 @@ def regularise(a):
         lines += [(k, f"{w}{' (best)' if w == best[k] else ''}",
                    *(stat(r.matrix[m] for r in tuned[f"{k}-{w}"]) for m in MEASURES)) for w in ws]
     text = "Weights, on the sequence " + ", ".join(TUNING) + " (seeds 4 and 5):\n\n"
-    text += table(("strategy", "weight", "ACC", "forgetting", "learning"), lines)
+    text += table(("strategy", "weight", *HEADS), lines)
     runs = sweep(a, "regularise", sequence(a, "regularise", FIVE),
                  {"naive": "", **{k: f"{kinds[k][0]}{w}" for k, w in best.items()}}, common,
                  orders=(FIVE, FIVE[::-1]))
     text += "\nWith these, " + ", ".join(FIVE) + " and the reverse order, seeds 1 to 3:\n\n"
-    text += table(("strategy", "ACC", "forgetting", "learning"),
+    text += table(("strategy", *HEADS),
                   [(v, *(stat(r.matrix[m] for r in rs) for m in MEASURES)) for v, rs in runs.items()])
-    pairs = [(k, "naive") for k in best] + [("l2", "ewc"), ("l2", "features"), ("ewc", "features"),
-                                             ("logits", "features")]
+    pairs = [(k, "naive") for k in best] + [("l2", "ewc"), ("l2", "features"), ("ewc", "features")]
     text += "\nDifferences, run by run of the same order and seed:\n\n"
-    return text + table(("difference", "pairs", "higher ACC in", "ACC", "forgetting", "learning"),
-                        [(f"{x} - {y}", len(runs[x]),
-                          sum(p.matrix["acc"] > q.matrix["acc"] for p, q in zip(runs[x], runs[y])),
-                          *differences(runs[x], runs[y])) for x, y in pairs])
+    return text + compare(runs, pairs)
+
+
+def masks(a):
+    """R10: MIGU on a longer sequence, against LoRA and against a random mask of the same density."""
+    tasks = tuple(SHORT)
+    variants = {"lora": "", **{f"{name}-{t}": f"continual.strategy=migu; continual.migu.mask={mask}; "
+                                              f"continual.migu.threshold={t}"
+                               for t in (0.7, 0.3) for name, mask in (("migu", "magnitude"), ("random", "random"))}}
+    runs = sweep(a, "masks", sequence(a, "masks", tasks), variants, ["train.max_steps=40"],
+                 orders=(tasks, tasks[::-1]))
+    text = table(("variant and share of rows held", *HEADS),
+                 [(v, *(stat(r.matrix[m] for r in rs) for m in MEASURES)) for v, rs in runs.items()])
+    text += "\nDifferences, run by run of the same order and seed:\n\n"
+    pairs = [(x, y) for x in runs if x != "lora" for y in ("lora", x.replace("migu", "random")) if x != y]
+    return text + compare(runs, pairs)
 
 
 def gap(a):
@@ -546,7 +561,7 @@ def strategies(a):
     return text + f"\nThe untouched base: {stat(base)}.\n"
 
 
-CLAIMS = {"strategies": strategies, "regularise": regularise, "gap": gap, "rank": rank, "memory": memory, "budget": budget,
+CLAIMS = {"strategies": strategies, "regularise": regularise, "masks": masks, "gap": gap, "rank": rank, "memory": memory, "budget": budget,
           "orthogonal": orthogonal, "slow": slow, "scaling": scaling, "recurring": recurring, "schedules": schedules,
           "rewarm": rewarm, "recombine": recombine}
 
