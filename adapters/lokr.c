@@ -3,12 +3,12 @@
  * where (m, n) and (l, k) are divisor pairs of in and out (`factorization` of PEFT). W2 = w2_a w2_b of rank r where
  * r < max(k, n) / 2, W1 = w1_a w1_b with decompose_both where r < max(l, m) / 2, else they are trained whole.
  *
- * With x as rows of m pieces of n, y as rows of l pieces of k and q = r or, with W2 whole, n:
- *   Z1 = X w2_b^T     [T m, q]   (X itself where W2 is whole)
- *   Z2 = turned Z1    [T q, m]   each token's m x q becomes q x m
- *   Z3 = turned s Z2 W1^T        [T l, q], kept for backward
- *   Y += Z3 w2_a^T    [T l, k]   (W2^T where it is whole)
- * and the same chain mirrored for the gradients. Z2 is made again in backward. */
+ * With x as m columns of pieces X_p [T, n], y as l columns of pieces Y_i [T, k] and q = r or, with W2 whole, n:
+ *   Z1_p = X_p w2_b^T               [m, T, q], kept for backward (W2 whole: the identity in the place of w2_b)
+ *   Z3_i = s sum_p W1[i, p] Z1_p    [l, T, q], kept: one product over the pieces as they lie, W1 by [m, T q]
+ *   Y_i += Z3_i w2_a^T              (W2^T where it is whole)
+ * and the same chain mirrored for the gradients. The first and the last are products with one shared block on pieces
+ * where they lie (block_matmul), so that nothing is turned or copied. */
 #include <math.h>
 #include <string.h>
 
@@ -20,13 +20,16 @@ typedef struct lokr_site {
   float s;
   int64_t l, k, m, n, q;
   int w1, w1_a, w1_b, w2, w2_a, w2_b; /* -1: the other form */
-  esp_tensor z3;                      /* [T, l q], carries s */
+  esp_tensor z1, z3, dz1;             /* [m, T, q], [l, T, q] with s in it, [m, T, q] */
 } lokr_site;
+
+typedef struct lokr_impl {
+  esp_tensor eye; /* compute type, as wide as the widest whole W2; data NULL: none is whole */
+} lokr_impl;
 
 typedef struct lokr_group {
   int n;
   esp_site *sites[3];
-  esp_tensor dx; /* [T, in] */
 } lokr_group;
 
 /* PEFT's factorization(dimension, factor): `factor` where it divides, else the pair nearest to a square whose first is
@@ -55,9 +58,39 @@ static float scale_of(const esp_adapter *a, const lokr_site *ls) {
   return (float)(ls->s * a->weight);
 }
 
+/* An identity of at least n, of which a corner serves every smaller one. */
+static esp_status make_eye(esp_adapter *a, int64_t n) {
+  lokr_impl *im = a->impl;
+  if (im->eye.data && esp_tensor_rows(&im->eye) >= n) return ESP_OK;
+  esp_backend *be = esp_model_backend(a->model);
+  esp_dtype t = esp_model_compute(a->model);
+  int64_t bytes = n * n * (int64_t)esp_dtype_size(t);
+  float *ones = esp_mem_alloc(ESP_MEM_HOST, (size_t)(n * n) * sizeof *ones); /* zeroed */
+  void *host = esp_mem_alloc(ESP_MEM_HOST, (size_t)bytes), *data = NULL;
+  esp_status st = ones && host ? ESP_OK : ESP_ERR_MEMORY;
+  if (st == ESP_OK && !(data = be->ops->alloc(be, ESP_MEM_PARAMS, bytes))) st = esp_backend_why_null(be);
+  if (st == ESP_OK) {
+    for (int64_t i = 0; i < n; i++) ones[i * n + i] = 1.0f;
+    esp_convert(host, t, ones, ESP_F32, n * n);
+    be->ops->upload(be, data, host, bytes);
+    if (im->eye.data) be->ops->free(be, im->eye.data);
+    im->eye = esp_tensor_2d(data, t, n, n);
+  }
+  esp_mem_free(ones);
+  esp_mem_free(host);
+  return st;
+}
+
+static void lokr_destroy(esp_adapter *a) {
+  lokr_impl *im = a->impl;
+  esp_backend *be = esp_model_backend(a->model);
+  if (im && im->eye.data) be->ops->free(be, im->eye.data);
+}
+
 static esp_status lokr_declare(esp_adapter *a, esp_group *g, const bool *hit) {
   lokr_group *lg = esp_arena_alloc(a->arena, sizeof *lg);
-  if (!lg) return ESP_ERR_MEMORY;
+  if (!a->impl) a->impl = esp_arena_alloc(a->arena, sizeof(lokr_impl));
+  if (!lg || !a->impl) return ESP_ERR_MEMORY;
   for (int i = 0; i < g->n_sites; i++) {
     if (!hit[i]) continue;
     esp_site *s = g->sites[i];
@@ -82,6 +115,7 @@ static esp_status lokr_declare(esp_adapter *a, esp_group *g, const bool *hit) {
     } else
       ok &= (ls->w2 = esp_factor_add(a, s, "lokr_w2", ls->k, ls->n)) >= 0;
     if (!ok) return ESP_ERR_MEMORY;
+    if (!low2) ESP_TRY(make_eye(a, ls->n));
     a->site_state[s->index] = ls;
     lg->sites[lg->n++] = s;
   }
@@ -101,21 +135,14 @@ static esp_status lokr_init(esp_adapter *a, esp_site *s) {
 
 /* ---- the step; everything pushed on the stack ---- */
 
-static esp_tensor as(esp_tensor x, int64_t rows, int64_t cols) {
-  return esp_tensor_2d(x.data, x.dtype, rows, cols);
+static esp_tensor pieces(esp_run *run, int64_t n, int64_t tokens, int64_t width) { /* [n, T, width] */
+  void *data = esp_stack_push(run->stack, n * tokens * width * (int64_t)esp_dtype_size(run->compute));
+  return (esp_tensor){data, run->compute, 3, {n, tokens, width, 1}, width};
 }
 
-static esp_tensor dense(esp_run *run, esp_tensor x) { /* a column view cannot be cut into pieces */
-  if (x.ld == esp_tensor_cols(&x)) return x;
-  esp_tensor y = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), esp_tensor_cols(&x));
-  run->be->ops->axpby(run->be, y, 1.0f, x, 0.0f);
-  return y;
-}
-
-static esp_tensor turned(esp_run *run, esp_tensor x, int64_t tokens, int64_t rows, int64_t cols) {
-  esp_tensor y = esp_stack_tensor(run->stack, run->compute, tokens, rows * cols);
-  run->be->ops->transpose_rows(run->be, y, as(x, tokens, rows * cols), rows, cols);
-  return y;
+/* [n, T, q] as [n, T q], which W1 mixes */
+static esp_tensor flat(esp_tensor z) {
+  return esp_tensor_2d(z.data, z.dtype, z.shape[0], z.shape[1] * z.shape[2]);
 }
 
 static esp_tensor left(esp_adapter *a, esp_run *run, const lokr_site *ls) { /* W1 [l, m] */
@@ -130,16 +157,10 @@ static esp_tensor right(const esp_adapter *a, const lokr_site *ls) { /* W2 or w2
   return esp_param_shadow(a->params, ls->w2 >= 0 ? ls->w2 : ls->w2_a);
 }
 
-static esp_tensor make_z2(esp_adapter *a, esp_run *run, const lokr_site *ls, esp_tensor x) { /* [T, q m] */
-  int64_t t = esp_tensor_rows(&x);
-  esp_tensor z1 = dense(run, x);
-  if (ls->w2 < 0) {
-    esp_tensor low = esp_stack_tensor(run->stack, run->compute, t * ls->m, ls->q);
-    run->be->ops->matmul(run->be, low, as(z1, t * ls->m, ls->n), false, esp_param_shadow(a->params, ls->w2_b), true,
-                         1.0f, 0.0f);
-    z1 = low;
-  }
-  return turned(run, z1, t, ls->m, ls->q);
+static esp_tensor narrow(const esp_adapter *a, const lokr_site *ls) { /* w2_b [q, n] */
+  if (ls->w2 < 0) return esp_param_shadow(a->params, ls->w2_b);
+  esp_tensor eye = ((const lokr_impl *)a->impl)->eye, corner = esp_tensor_rows_view(&eye, 0, ls->n);
+  return esp_tensor_cols_view(&corner, 0, ls->n);
 }
 
 static void lokr_output(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot) {
@@ -150,72 +171,55 @@ static void lokr_output(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x
   for (int i = 0; i < lg->n; i++) {
     esp_site *s = lg->sites[i];
     lokr_site *ls = a->site_state[s->index];
-    esp_tensor yi = esp_tensor_cols_view(&y, s->col0, s->out);
-    ls->z3 = esp_stack_tensor(run->stack, run->compute, t, ls->l * ls->q);
+    ls->z1 = pieces(run, ls->m, t, ls->q);
+    ls->z3 = pieces(run, ls->l, t, ls->q);
     int64_t mark = esp_stack_mark(run->stack);
-    esp_tensor z2 = make_z2(a, run, ls, x), w1 = left(a, run, ls);
-    esp_tensor mixed = esp_stack_tensor(run->stack, run->compute, t * ls->q, ls->l);
-    ops->matmul(run->be, mixed, as(z2, t * ls->q, ls->m), false, w1, true, scale_of(a, ls), 0.0f);
-    ops->transpose_rows(run->be, ls->z3, as(mixed, t, ls->q * ls->l), ls->q, ls->l);
-    bool apart = yi.ld != s->out;
-    esp_tensor out = apart ? esp_stack_tensor(run->stack, run->compute, t, s->out) : yi;
-    ops->matmul(run->be, as(out, t * ls->l, ls->k), as(ls->z3, t * ls->l, ls->q), false, right(a, ls), true, 1.0f,
-                apart ? 0.0f : 1.0f);
-    if (apart) ops->axpby(run->be, yi, 1.0f, out, 1.0f);
+    ops->block_matmul(run->be, ls->z1, x, narrow(a, ls), (int)ls->m, true, true, 1.0f, 0.0f);
+    ops->matmul(run->be, flat(ls->z3), left(a, run, ls), false, flat(ls->z1), false, scale_of(a, ls), 0.0f);
+    ops->block_matmul(run->be, esp_tensor_cols_view(&y, s->col0, s->out), ls->z3, right(a, ls), (int)ls->l, true, true,
+                      1.0f, 1.0f);
     esp_stack_release(run->stack, mark);
   }
 }
 
-/* dw1 [l, m] = g2^T z2, straight into W1's gradient or through it into those of its factors. */
-static void left_grad(esp_adapter *a, esp_run *run, const lokr_site *ls, esp_tensor g2, esp_tensor z2) {
+/* dw1 [l, m] = dZ3 Z1^T, straight into W1's gradient or through it into those of its factors. */
+static void left_grad(esp_adapter *a, esp_run *run, const lokr_site *ls, esp_tensor dz3) {
   const esp_backend_ops *ops = run->be->ops;
   if (ls->w1 >= 0) {
-    ops->matmul(run->be, esp_param_grad(a->params, ls->w1), g2, true, z2, false, 1.0f, 1.0f);
+    ops->matmul(run->be, esp_param_grad(a->params, ls->w1), flat(dz3), false, flat(ls->z1), true, 1.0f, 1.0f);
     return;
   }
   esp_tensor d = esp_stack_tensor(run->stack, ESP_F32, ls->l, ls->m);
-  ops->matmul(run->be, d, g2, true, z2, false, 1.0f, 0.0f);
+  ops->matmul(run->be, d, flat(dz3), false, flat(ls->z1), true, 1.0f, 0.0f);
   ops->matmul(run->be, esp_param_grad(a->params, ls->w1_a), d, false, esp_param_shadow(a->params, ls->w1_b), true, 1.0f,
               1.0f);
   ops->matmul(run->be, esp_param_grad(a->params, ls->w1_b), esp_param_shadow(a->params, ls->w1_a), true, d, false, 1.0f,
               1.0f);
 }
 
-static void site_bwd(esp_adapter *a, esp_run *run, const lokr_site *ls, esp_tensor x, esp_tensor dyi, esp_tensor dx,
-                     bool first) {
+/* Fills dz1 and the gradients of the parameters. */
+static void site_bwd(esp_adapter *a, esp_run *run, const lokr_site *ls, esp_tensor x, esp_tensor dyi) {
   const esp_backend_ops *ops = run->be->ops;
-  int64_t t = esp_tensor_rows(&x), l = ls->l, k = ls->k, m = ls->m, n = ls->n, q = ls->q;
-  esp_tensor d_y = as(dense(run, dyi), t * l, k), z3 = as(ls->z3, t * l, q);
+  int l = (int)ls->l, m = (int)ls->m;
+  esp_tensor dz3 = pieces(run, ls->l, esp_tensor_rows(&x), ls->q);
   if (a->trainable)
-    ops->matmul(run->be, esp_param_grad(a->params, ls->w2 >= 0 ? ls->w2 : ls->w2_a), d_y, true, z3, false, 1.0f, 1.0f);
-  esp_tensor d_z3 = esp_stack_tensor(run->stack, run->compute, t * l, q);
-  ops->matmul(run->be, d_z3, d_y, false, right(a, ls), false, scale_of(a, ls), 0.0f);
-  esp_tensor g2 = as(turned(run, d_z3, t, l, q), t * q, l);
-  if (a->trainable) left_grad(a, run, ls, g2, as(make_z2(a, run, ls, x), t * q, m));
-  esp_tensor d_z2 = esp_stack_tensor(run->stack, run->compute, t * q, m);
-  ops->matmul(run->be, d_z2, g2, false, left(a, run, ls), false, 1.0f, 0.0f);
-  esp_tensor d_z1 = turned(run, d_z2, t, q, m); /* [T, m q] */
-  if (ls->w2 >= 0) {
-    ops->axpby(run->be, dx, 1.0f, d_z1, first ? 0.0f : 1.0f);
-    return;
-  }
-  d_z1 = as(d_z1, t * m, q);
-  if (a->trainable)
-    ops->matmul(run->be, esp_param_grad(a->params, ls->w2_b), d_z1, true, as(dense(run, x), t * m, n), false, 1.0f,
-                1.0f);
-  ops->matmul(run->be, as(dx, t * m, n), d_z1, false, esp_param_shadow(a->params, ls->w2_b), false, 1.0f,
-              first ? 0.0f : 1.0f);
+    ops->block_grad(run->be, esp_param_grad(a->params, ls->w2 >= 0 ? ls->w2 : ls->w2_a), dyi, ls->z3, l, true, 1.0f);
+  ops->block_matmul(run->be, dz3, dyi, right(a, ls), l, true, false, scale_of(a, ls), 0.0f);
+  if (a->trainable) left_grad(a, run, ls, dz3);
+  ops->matmul(run->be, flat(ls->dz1), left(a, run, ls), true, flat(dz3), false, 1.0f, 0.0f);
+  if (a->trainable && ls->w2 < 0)
+    ops->block_grad(run->be, esp_param_grad(a->params, ls->w2_b), ls->dz1, x, m, true, 1.0f);
 }
 
 static int lokr_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails,
                           int max, void **slot) {
   lokr_group *lg = a->group_state[g->index];
-  if (!lg) return 0;
-  lg->dx = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), g->in);
-  for (int i = 0; i < lg->n; i++) {
-    int64_t mark = esp_stack_mark(run->stack);
+  for (int i = 0; lg && i < lg->n; i++) {
     esp_site *s = lg->sites[i];
-    site_bwd(a, run, a->site_state[s->index], x, esp_tensor_cols_view(&dy, s->col0, s->out), lg->dx, i == 0);
+    lokr_site *ls = a->site_state[s->index];
+    ls->dz1 = pieces(run, ls->m, esp_tensor_rows(&x), ls->q);
+    int64_t mark = esp_stack_mark(run->stack);
+    site_bwd(a, run, ls, x, esp_tensor_cols_view(&dy, s->col0, s->out));
     esp_stack_release(run->stack, mark);
   }
   return 0;
@@ -223,7 +227,10 @@ static int lokr_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor
 
 static void lokr_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor dx, void **slot) {
   lokr_group *lg = a->group_state[g->index];
-  if (lg && dx.data) run->be->ops->axpby(run->be, dx, 1.0f, lg->dx, 1.0f);
+  for (int i = 0; lg && dx.data && i < lg->n; i++) {
+    const lokr_site *ls = a->site_state[lg->sites[i]->index];
+    run->be->ops->block_matmul(run->be, dx, ls->dz1, narrow(a, ls), (int)ls->m, true, false, 1.0f, 1.0f);
+  }
 }
 
 /* ---- merge, export and extraction ---- */
@@ -299,6 +306,7 @@ const esp_adapter_kind esp_kind_lokr = {
     .output = lokr_output,
     .tails_bwd = lokr_tails_bwd,
     .input_bwd = lokr_input_bwd,
+    .destroy = lokr_destroy,
     .config_write = lokr_config_write,
     .config_read = lokr_config_read,
     .config_check = lokr_config_check,

@@ -286,8 +286,8 @@ typedef struct esp_backend_ops {
   void (*mul_rows)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor v, float beta);
   void (*col_dot)(esp_backend *be, float *out, esp_tensor a, esp_tensor b);             /* out[j] += sum_t a b */
   void (*row_dot)(esp_backend *be, float *out, esp_tensor a, esp_tensor b, float beta); /* out[t] = sum_j a b + .. */
-  /* x [T, G*p], y [T, G*q], or either by groups, [G, T, p] without gaps (then not shared); m: G blocks stacked by rows,
-   * [G*p, q], or [G*q, p] when `trans`; `shared`: one block for all. y_g = alpha x_g op(m_g) + beta y_g, so that dx =
+  /* x [T, G*p], y [T, G*q], or either by groups, [G, T, p] without gaps; m: G blocks stacked by rows, [G*p, q], or
+   * [G*q, p] when `trans`; `shared`: one block for all. y_g = alpha x_g op(m_g) + beta y_g, so that dx =
    * block_matmul(dy, m, !trans).  block_grad: dm_g += alpha x_g^T dy_g (fp32 dm [G*p, q]; summed over g when shared; of
    * a transposed m: exchange x and dy). */
   void (*block_matmul)(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor m, int blocks, bool shared, bool trans,

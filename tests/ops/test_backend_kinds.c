@@ -181,7 +181,8 @@ static const struct {
   int blocks;
 } block_shapes[] = {{1, 1, 1, 1},    {5, 2, 2, 7},    {3, 3, 5, 4},    {17, 4, 4, 9},   {9, 8, 8, 3},
                     {20, 7, 13, 5},  {33, 16, 16, 4}, {70, 32, 32, 3}, {4, 31, 17, 2},  {6, 64, 8, 3},
-                    {40, 64, 64, 2}, {35, 96, 80, 2}, {37, 48, 16, 5}, {21, 16, 48, 3}, {64, 32, 64, 2}};
+                    {40, 64, 64, 2}, {35, 96, 80, 2}, {37, 48, 16, 5}, {21, 16, 48, 3}, {64, 32, 64, 2},
+                    {130, 24, 8, 6}, {99, 8, 24, 5},  {70, 50, 40, 2}};
 #define EACH_BLOCKS(i) for (size_t i = 0; i < sizeof block_shapes / sizeof *block_shapes; i++)
 
 /* y_g += x_g op(m_g) over everything, in fp64 */
@@ -258,36 +259,39 @@ static void groups_run(void *ctx) {
   kind_test *t = ctx;
   put(&t->y, t->start);
   check_be->ops->block_matmul(check_be, by_groups(&t->y, t->blocks, t->a & 2), by_groups(&t->x[0], t->blocks, t->a & 1),
-                              t->x[1].t, t->blocks, false, t->trans, t->alpha, t->beta);
+                              t->x[1].t, t->blocks, t->shared, t->trans, t->alpha, t->beta);
 }
 static void groups_grad_run(void *ctx) {
   kind_test *t = ctx;
   put(&t->y, t->start);
   check_be->ops->block_grad(check_be, t->y.t, by_groups(&t->x[0], t->blocks, t->a & 1),
-                            by_groups(&t->x[1], t->blocks, t->a & 2), t->blocks, false, t->alpha);
+                            by_groups(&t->x[1], t->blocks, t->a & 2), t->blocks, t->shared, t->alpha);
 }
 static void test_blocks_by_groups(void **state) {
   (void)state;
-  EACH_ISA EACH_TYPE(ta) EACH_TYPE(ty) EACH_BLOCKS(i) for (int form = 1; form < 4; form++) {
+  EACH_ISA EACH_TYPE(ta) EACH_TYPE(ty) EACH_BLOCKS(i) for (int form = 1; form < 7; form++) {
     int64_t rows = block_shapes[i].rows, p = block_shapes[i].p, q = block_shapes[i].q;
     int blocks = block_shapes[i].blocks;
-    kind_test t = {.blocks = blocks, .trans = form == 2, .alpha = 0.5f, .beta = form == 3, .a = form}, d = t;
-    t.y = groups_new(ty, rows, q, blocks, form & 2);
+    bool shared = form > 3;
+    kind_test t = {.blocks = blocks, .shared = shared, .trans = form % 3 == 2, .alpha = 0.5f, .beta = form % 3 == 0};
+    t.a = shared ? form - 3 : form;
+    kind_test d = t;
+    t.y = groups_new(ty, rows, q, blocks, t.a & 2);
     t.start = malloc((size_t)buf_n(&t.y) * 8), t.want = malloc((size_t)buf_n(&t.y) * 8);
     memcpy(t.start, t.y.v, (size_t)buf_n(&t.y) * 8);
     for (int64_t e = 0; e < buf_n(&t.y); e++) t.want[e] = before(&t, e);
-    t.x[0] = groups_new(ta, rows, p, blocks, form & 1);
-    t.x[1] = buf_new(ta, blocks * (t.trans ? q : p), t.trans ? p : q, 0, 1);
-    y_new(&d, ESP_F32, blocks * p, q, 3, true);
+    t.x[0] = groups_new(ta, rows, p, blocks, t.a & 1);
+    t.x[1] = buf_new(ta, (shared ? 1 : blocks) * (t.trans ? q : p), t.trans ? p : q, 0, 1);
+    y_new(&d, ESP_F32, (shared ? 1 : blocks) * p, q, 3, true);
     memcpy(d.want, d.start, (size_t)buf_n(&d.y) * 8);
-    d.x[0] = groups_new(ta, rows, p, blocks, form & 1), d.x[1] = groups_new(ty, rows, q, blocks, form & 2);
+    d.x[0] = groups_new(ta, rows, p, blocks, t.a & 1), d.x[1] = groups_new(ty, rows, q, blocks, t.a & 2);
     for (int64_t r = 0; r < rows; r++)
       for (int64_t g = 0; g < blocks; g++)
         for (int64_t e = 0; e < p * q; e++) {
-          int64_t u = e / q, v = e % q, x = group_at(r, g, rows, blocks, form & 1) * p + u;
-          int64_t y = group_at(r, g, rows, blocks, form & 2) * q + v;
-          t.want[y] += 0.5 * t.x[0].v[x] * t.x[1].v[g * p * q + (t.trans ? v * p + u : e)];
-          d.want[g * p * q + e] += 0.5 * d.x[0].v[x] * d.x[1].v[y];
+          int64_t u = e / q, v = e % q, x = group_at(r, g, rows, blocks, t.a & 1) * p + u;
+          int64_t y = group_at(r, g, rows, blocks, t.a & 2) * q + v, m = shared ? 0 : g * p * q;
+          t.want[y] += 0.5 * t.x[0].v[x] * t.x[1].v[m + (t.trans ? v * p + u : e)];
+          d.want[m + e] += 0.5 * d.x[0].v[x] * d.x[1].v[y];
         }
     kind_check("block_matmul by groups", groups_run, &t, 4e-6, 5);
     kind_check("block_grad by groups", groups_grad_run, &d, 4e-6, 8);

@@ -345,7 +345,9 @@ static void block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor 
     return;
   }
   int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&dy, blocks);
-  if (!shared && esp_cpu_block_small(p, q, blocks)) return; /* sums stay with their threads */
+  int64_t apart = esp_cpu_work_block_grad(&x, &dy, blocks, shared);
+  work(be, apart);
+  if (apart > 0 || (!shared && esp_cpu_block_small(p, q, blocks))) return; /* sums stay with their threads */
   esp_gemm_need old = products_begin(be);
   esp_cpu_block_grad(be, dm, x, dy, blocks, shared, alpha);
   products_end(be, old);

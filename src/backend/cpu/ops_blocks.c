@@ -120,9 +120,6 @@ static void matmul_small(esp_backend *be, esp_tensor y, esp_tensor x, esp_tensor
   esp_split(be, across * down, 1, &o, matmul_part);
 }
 
-static bool dense(const esp_tensor *t) {
-  return t->ndim == 1 || t->ld == t->shape[1];
-}
 /* [T, G*p] as [T*G, p] */
 static esp_tensor as_rows(esp_tensor t, int blocks) {
   return esp_tensor_2d(t.data, t.dtype, esp_tensor_rows(&t) * blocks, esp_tensor_cols(&t) / blocks);
@@ -132,7 +129,7 @@ void esp_cpu_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tenso
                           bool trans, float alpha, float beta) {
   int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&y, blocks), rows = trans ? q : p;
   assert(esp_tensor_rows(&m) == (shared ? rows : rows * blocks) && esp_tensor_cols(&m) == (trans ? p : q));
-  assert(esp_block_tokens(&y) == esp_block_tokens(&x) && !(shared && (x.ndim == 3 || y.ndim == 3)));
+  assert(esp_block_tokens(&y) == esp_block_tokens(&x));
   if (esp_cpu_block_small(p, q, blocks) && by_tiles(&x, &m, p, q)) {
     matmul_tiles(be, y, x, m, blocks, shared, trans, alpha, beta);
     return;
@@ -141,13 +138,46 @@ void esp_cpu_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tenso
     matmul_small(be, y, x, m, blocks, shared, trans, alpha, beta);
     return;
   }
-  if (shared && dense(&x) && dense(&y)) {
+  if (shared && esp_cpu_block_rows(&x) && esp_cpu_block_rows(&y)) {
     esp_cpu_matmul(be, as_rows(y, blocks), as_rows(x, blocks), false, m, trans, alpha, beta);
     return;
   }
   for (int g = 0; g < blocks; g++)
     esp_cpu_matmul(be, esp_block_of(&y, blocks, g), esp_block_of(&x, blocks, g), false,
                    esp_tensor_rows_view(&m, shared ? 0 : g * rows, rows), trans, alpha, beta);
+}
+
+typedef struct shared_op {
+  esp_amx_blocks part;
+  int64_t step; /* tokens of a part */
+  int blocks;
+} shared_op;
+static void shared_part(const void *op, const esp_kernels *k, int64_t t0, int64_t t1) {
+  (void)k;
+  const shared_op *o = op;
+  esp_amx_block_grad_shared(&o->part, o->blocks, t0, t1, t0 / o->step);
+}
+static void grad_shared(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor dy, int blocks, float alpha,
+                        int64_t bytes) {
+  int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&dy, blocks), tokens = esp_block_tokens(&x), n = blocks;
+  float *sums = esp_cpu_work(be, bytes);
+  if (!sums) return;
+  if (by_tiles(&x, &dy, p, q)) {
+    shared_op o = {.step = esp_cpu_block_part(tokens), .blocks = blocks};
+    n = (tokens + o.step - 1) / o.step;
+    memset(sums, 0, (size_t)(n * p * q) * sizeof *sums);
+    o.part = (esp_amx_blocks){.x = x, .y = dy, .p = p, .q = q, .alpha = alpha};
+    o.part.dm = esp_tensor_2d(sums, ESP_F32, n * p, q);
+    o.part.x_step = esp_block_step(&x, blocks), o.part.y_step = esp_block_step(&dy, blocks);
+    esp_split(be, tokens, o.step, &o, shared_part);
+  } else {
+    memset(sums, 0, (size_t)(n * p * q) * sizeof *sums);
+    esp_cpu_block_grad(be, esp_tensor_2d(sums, ESP_F32, n * p, q), x, dy, blocks, false, alpha);
+  }
+  for (int64_t i = 0; i < n * p; i++) {
+    float *d = esp_row(&dm, i % p);
+    for (int64_t j = 0; j < q; j++) d[j] += sums[i * q + j];
+  }
 }
 
 static void grad_part(const void *op, const esp_kernels *k, int64_t g0, int64_t g1) {
@@ -158,6 +188,11 @@ void esp_cpu_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor
   int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&dy, blocks);
   int64_t x_step = esp_block_step(&x, blocks), y_step = esp_block_step(&dy, blocks);
   assert(dm.dtype == ESP_F32 && esp_tensor_rows(&dm) == (shared ? p : p * blocks) && esp_tensor_cols(&dm) == q);
+  int64_t apart = esp_cpu_work_block_grad(&x, &dy, blocks, shared);
+  if (apart > 0) {
+    grad_shared(be, dm, x, dy, blocks, alpha, apart);
+    return;
+  }
   if (!shared && esp_cpu_block_small(p, q, blocks) && by_tiles(&x, &dy, p, q)) {
     esp_amx_blocks part = {.x = x, .y = dy, .dm = dm, .p = p, .q = q, .alpha = alpha};
     part.x_step = x_step, part.y_step = y_step;
@@ -170,7 +205,7 @@ void esp_cpu_block_grad(esp_backend *be, esp_tensor dm, esp_tensor x, esp_tensor
     esp_split(be, blocks, ESP_CHUNK_COLS / (p > q ? p : q), &part, grad_part);
     return;
   }
-  if (shared && dense(&x) && dense(&dy)) {
+  if (shared && esp_cpu_block_rows(&x) && esp_cpu_block_rows(&dy)) {
     esp_cpu_matmul(be, dm, as_rows(x, blocks), true, as_rows(dy, blocks), false, alpha, 1.0f);
     return;
   }

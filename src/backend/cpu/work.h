@@ -49,9 +49,33 @@ static inline int64_t esp_cpu_block_ld(int64_t q, int64_t merged) { /* two whole
 static inline bool esp_cpu_block_small(int64_t p, int64_t q, int blocks) {
   return blocks > 1 && p <= ESP_BLOCK_SMALL && q <= ESP_BLOCK_SMALL;
 }
+/* Elements of one block packed for tiles: columns of 16 outputs by depths of 32, [q/16][depths][16 pairs][16][2]. */
+static inline int64_t esp_amx_block_depths(int64_t p) {
+  return (p + 31) / 32;
+}
+static inline int64_t esp_amx_block_elements(int64_t p, int64_t q) {
+  return (q + 15) / 16 * esp_amx_block_depths(p) * 512;
+}
 static inline int64_t esp_cpu_work_block_matmul(int64_t p, int64_t q, int blocks, bool shared) {
   int64_t merged = esp_cpu_block_merge(q, blocks), n = shared ? 1 : (blocks + merged - 1) / merged;
-  return n * merged * p * esp_cpu_block_ld(q, merged) * 4;
+  int64_t small = n * merged * p * esp_cpu_block_ld(q, merged) * 4;
+  int64_t tiles = (shared ? 1 : blocks) * esp_amx_block_elements(p, q) * 2;
+  return small > tiles ? small : tiles;
+}
+/* The gradient of one small block that serves all: sums apart, of each group or of tokens [ESP_BLOCK_PARTS of them at
+ * most], then added in order. Not where x and dy are rows of groups without gaps, which is one product. */
+enum { ESP_BLOCK_PARTS = 32 };
+static inline int64_t esp_cpu_block_part(int64_t tokens) {
+  int64_t least = (tokens + ESP_BLOCK_PARTS - 1) / ESP_BLOCK_PARTS;
+  return least < 64 ? 64 : (least + 31) / 32 * 32;
+}
+static inline bool esp_cpu_block_rows(const esp_tensor *t) {
+  return t->ndim == 1 || (t->ndim == 2 && t->ld == t->shape[1]);
+}
+static inline int64_t esp_cpu_work_block_grad(const esp_tensor *x, const esp_tensor *dy, int blocks, bool shared) {
+  int64_t p = esp_block_width(x, blocks), q = esp_block_width(dy, blocks);
+  if (!shared || !esp_cpu_block_small(p, q, blocks) || (esp_cpu_block_rows(x) && esp_cpu_block_rows(dy))) return 0;
+  return (blocks > ESP_BLOCK_PARTS ? blocks : (int64_t)ESP_BLOCK_PARTS) * p * q * 4;
 }
 
 /* The backend's one scratch buffer, grown to `bytes`; NULL with the sticky error set. */

@@ -56,7 +56,7 @@ void esp_cuda_block_matmul(esp_backend *be, esp_tensor y, esp_tensor x, esp_tens
                            bool trans, float alpha, float beta) {
   int64_t p = esp_block_width(&x, blocks), q = esp_block_width(&y, blocks), rows = trans ? q : p;
   assert(esp_tensor_rows(&m) == (shared ? rows : rows * blocks) && esp_tensor_cols(&m) == (trans ? p : q));
-  assert(esp_block_tokens(&y) == esp_block_tokens(&x) && !(shared && (x.ndim == 3 || y.ndim == 3)));
+  assert(esp_block_tokens(&y) == esp_block_tokens(&x));
   if (be->sticky != ESP_OK || esp_tensor_numel(&y) == 0) return;
   switch (esp_cuda_blocks_way_of(&x, &y, m.dtype, y.dtype, blocks, shared)) {
   case ESP_BLOCKS_AS_ONE:

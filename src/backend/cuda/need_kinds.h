@@ -15,8 +15,9 @@ typedef enum esp_cuda_blocks_way { ESP_BLOCKS_AS_ONE, ESP_BLOCKS_BATCH, ESP_BLOC
 static inline esp_cuda_blocks_way esp_cuda_blocks_way_of(const esp_tensor *x, const esp_tensor *y, esp_dtype in,
                                                          esp_dtype out, int blocks, bool shared) {
   int64_t p = esp_block_width(x, blocks), q = esp_block_width(y, blocks);
-  bool dense = (x->ndim == 1 || x->ld == x->shape[1]) && (y->ndim == 1 || y->ld == y->shape[1]);
-  if ((blocks == 1 && x->ndim < 3 && y->ndim < 3) || (shared && dense && p >= 8 && q >= 8)) return ESP_BLOCKS_AS_ONE;
+  bool flat = x->ndim < 3 && y->ndim < 3;
+  bool dense = flat && (x->ndim == 1 || x->ld == x->shape[1]) && (y->ndim == 1 || y->ld == y->shape[1]);
+  if ((blocks == 1 && flat) || (shared && dense && p >= 8 && q >= 8)) return ESP_BLOCKS_AS_ONE;
   bool fits = p >= 32 && q >= 32 && p % 8 == 0 && q % 8 == 0;
   bool together = x->dtype == in && (out == in || out == ESP_F32);
   return fits && together && !shared ? ESP_BLOCKS_BATCH : ESP_BLOCKS_OWN;
