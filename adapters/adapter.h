@@ -172,6 +172,7 @@ typedef struct esp_adapter_kind {
   /* the step: see esp_adapter_hooks for the contract of each; NULL: does nothing */
   void (*input)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor *x, void **slot);
   int (*tails)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot);
+  int (*added)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, const esp_wview *w, esp_added *list, int max);
   void (*output)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot);
   void (*output_bwd)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, void **slot);
   int (*tails_bwd)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails, int max,

@@ -66,6 +66,15 @@ static int on_tails(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tai
   return n;
 }
 
+/* Where sequences choose, a kind has to do with its own rows only: nothing is added to the weight of all. */
+static int on_added(void *ctx, esp_run *run, esp_group *g, esp_tensor x, const esp_wview *w, esp_added *list, int max) {
+  active_set *c = ctx;
+  int n = 0;
+  for (int k = 0; k < c->n && !c->rows.on; k++)
+    if (c->list[k]->kind->added) n += c->list[k]->kind->added(c->list[k], run, g, x, w, list + n, max - n);
+  return n;
+}
+
 static void on_output(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot) {
   active_set *c = ctx;
   for (int k = 0; k < c->n; k++) {
@@ -259,6 +268,7 @@ static esp_adapter_hooks hooks_of(active_set *c) {
   for (int k = 0; k < c->n; k++) {
     const esp_adapter_kind *kind = c->list[k]->kind;
     if (kind->input) h.input = on_input;
+    if (kind->added) h.added = on_added;
     if (kind->output && (c->n > MANY || !kind->wants_output || kind->wants_output(c->list[k]))) h.output = on_output;
     if (kind->output_bwd) h.output_bwd = on_output_bwd;
     if (kind->input_bwd) h.input_bwd = on_input_bwd;

@@ -9,8 +9,10 @@
  * What is trained is the change of the chosen entries, a sparse matrix D beside the frozen W: y = W x + D x, with D as
  * compressed rows and its transpose sharing one list of values. Nothing is masked, so nothing leaks: weight decay acts
  * on the change alone, and gradients and optimizer state have the size of the mask. Backward: dvalue = sum over tokens
- * of dy[row] x[column], dx += D^T dy. The mask is chosen by one pass over a few micro-batches before training; `random`
- * is the control of the paper. The file holds the values, the entries of each row, and their columns. */
+ * of dy[row] x[column], dx += D^T dy. A backend may take D into the product with W instead of making one of its own
+ * (linear_adds): W + D is then rounded to the compute type, as the merged weight is. The mask is chosen by one pass over
+ * a few micro-batches before training; `random` is the control of the paper. The file holds the values, the entries of
+ * each row, and their columns. */
 #include <stdio.h>
 #include <string.h>
 
@@ -20,6 +22,7 @@
 
 typedef struct sparse_group {
   esp_tensor dy; /* of the backward pass in progress: dx is made behind the base product */
+  bool added;    /* the base product in progress has the changes in it */
 } sparse_group;
 
 static bool random_mask(const esp_adapter *a) {
@@ -204,8 +207,34 @@ static int place(const sparse_mask *m, const esp_site *s) {
   return at;
 }
 
+/* Where the backend takes it, D is added to W while the base product is made, for the price of that alone; all sites of
+ * the group or none. */
+static int sparse_added(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, const esp_wview *w, esp_added *list,
+                        int max) {
+  sparse_group *sg = a->group_state[g->index];
+  int n = 0;
+  if (!sg || idle(a) || a->weight != 1.0) return 0;
+  for (int i = 0; i < g->n_sites; i++) {
+    const esp_site *s = g->sites[i];
+    const sparse_site *ss = a->targeted[s->index] ? a->site_state[s->index] : NULL;
+    if (!ss || ss->n == 0) continue;
+    esp_csr d = rows_of(a->impl, s, ss, values_of(a, run, ss), place(a->impl, s));
+    if (n == max || !run->be->ops->linear_adds(run->be, x, w, &d)) return 0;
+    list[n++] = (esp_added){s->col0, d};
+  }
+  sg->added = n > 0;
+  return n;
+}
+
+static bool was_added(sparse_group *sg) {
+  bool added = sg->added;
+  sg->added = false;
+  return added;
+}
+
 static void sparse_output(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot) {
-  if (!a->group_state[g->index] || idle(a)) return;
+  sparse_group *sg = a->group_state[g->index];
+  if (!sg || idle(a) || was_added(sg)) return;
   int64_t mark = esp_stack_mark(run->stack);
   for (int i = 0; i < g->n_sites; i++) {
     const esp_site *s = g->sites[i];
@@ -250,7 +279,7 @@ static int sparse_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tens
 static void sparse_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor dx, void **slot) {
   sparse_group *sg = a->group_state[g->index];
   const sparse_mask *m = a->impl;
-  if (!sg || !dx.data || idle(a)) return;
+  if (!sg || !dx.data || idle(a) || was_added(sg)) return;
   int64_t mark = esp_stack_mark(run->stack);
   for (int i = 0; i < g->n_sites; i++) {
     const esp_site *s = g->sites[i];
@@ -353,10 +382,11 @@ static void sparse_destroy(esp_adapter *a) {
 
 #define SPARSE                                                                                                         \
   .site_kinds = 1u << ESP_SITE_LINEAR, .mergeable = true, .targets = true, .declare = sparse_declare,                  \
-  .init = sparse_init, .output = sparse_output, .tails_bwd = sparse_tails_bwd, .input_bwd = sparse_input_bwd,          \
-  .destroy = sparse_destroy, .wants_data = sparse_wants_data, .see = sparse_see, .seen = sparse_seen,                  \
-  .ints = sparse_ints, .loaded = sparse_loaded, .savable = sparse_savable, .materialise = sparse_materialise,          \
-  .config_check = sparse_check, .config_write = sparse_config_write, .config_read = sparse_config_read
+  .init = sparse_init, .added = sparse_added, .output = sparse_output, .tails_bwd = sparse_tails_bwd,                  \
+  .input_bwd = sparse_input_bwd, .destroy = sparse_destroy, .wants_data = sparse_wants_data, .see = sparse_see,        \
+  .seen = sparse_seen, .ints = sparse_ints, .loaded = sparse_loaded, .savable = sparse_savable,                        \
+  .materialise = sparse_materialise, .config_check = sparse_check, .config_write = sparse_config_write,                \
+  .config_read = sparse_config_read
 
 const esp_adapter_kind esp_kind_fish = {
     .name = "fish",

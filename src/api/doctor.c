@@ -36,7 +36,7 @@ static esp_status matmul_peak(esp_backend *be, esp_dtype type, int64_t n, double
   esp_tensor weight = esp_tensor_2d(w, type, n, n);
   packed = be->ops->pack(be, &weight, 1, false, type);
   if (!packed) ESP_GOTO(ESP_ERR_MEMORY);
-  esp_wview view = {n, n, packed, {0}};
+  esp_wview view = {.out = n, .in = n, .packed = packed};
   for (int i = 0; i < RUNS; i++) {
     double t = esp_now();
     be->ops->linear(be, esp_tensor_2d(y, type, n, n), esp_tensor_2d(x, type, n, n), &view, (esp_tensor){0}, NULL, 0, 0);

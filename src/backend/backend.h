@@ -25,12 +25,31 @@
 
 typedef struct esp_backend esp_backend;
 
+/* A sparse matrix by rows; everything in backend memory. Entry k has the value values[order[k]] (order NULL:
+ * values[k]), so that a matrix and its transpose share one array of values. */
+typedef struct esp_csr {
+  int64_t rows, entries;
+  const int32_t *start; /* [rows+1] */
+  const int32_t *index; /* [entries], the column */
+  const int32_t *order; /* [entries] or NULL */
+  const float *values;  /* [entries] */
+} esp_csr;
+
+/* A sparse matrix that is added to rows [row0, row0 + m.rows) of a weight while a product with it is made. */
+typedef struct esp_added {
+  int64_t row0;
+  esp_csr m;
+} esp_added;
+
 /* A frozen weight as an operation sees it, between borrow and return (model/weight.h). For matmul operands `packed`
- * is the backend's own layout made once by `pack`; a trained weight has packed == NULL and a dense [out, in]. */
+ * is the backend's own layout made once by `pack`; a trained weight has packed == NULL and a dense [out, in].
+ * added: only what `linear_adds` has said yes to; the sum is rounded to the type of the weight, as a merge would. */
 typedef struct esp_wview {
   int64_t out, in;
   const void *packed;
   esp_tensor dense;
+  const esp_added *added;
+  int n_added;
 } esp_wview;
 
 /* y[:, col0 : col0+w.rows] += x w^T   (linear):     x [T,R], w [n,R]
@@ -160,16 +179,6 @@ typedef struct esp_update_args {
   float grad_scale; /* clipping */
 } esp_update_args;
 
-/* A sparse matrix by rows; everything in backend memory. Entry k has the value values[order[k]] (order NULL:
- * values[k]), so that a matrix and its transpose share one array of values. */
-typedef struct esp_csr {
-  int64_t rows, entries;
-  const int32_t *start; /* [rows+1] */
-  const int32_t *index; /* [entries], the column */
-  const int32_t *order; /* [entries] or NULL */
-  const float *values;  /* [entries] */
-} esp_csr;
-
 /* Ranks that gate themselves (mora_rank). Each row holds n activations t of one module, `parts` runs of `width` columns
  * that begin `step` apart. s = t / |t| (0 where |t| is 0), w = softmax(s / tau) over the n; kept: s >= threshold (when
  * that is above 0) and among the `top` largest (0: all; of equals the first). */
@@ -247,6 +256,9 @@ typedef struct esp_backend_ops {
   /* dx = dy W + tails + beta*dx */
   void (*linear_dx)(esp_backend *be, esp_tensor dx, esp_tensor dy, const esp_wview *w, const esp_tail *tails,
                     int n_tails, float beta);
+  /* Whether linear and linear_dx of so many rows as x has, of its type, take `m` as added to w, which costs less than a
+   * product of its own. NULL: never. */
+  bool (*linear_adds)(esp_backend *be, esp_tensor x, const esp_wview *w, const esp_csr *m);
   /* c = alpha * op(a) op(b) + beta * c; any mix of bf16 and fp32; thin shapes (rank 8 to 64) have own kernels:
    * T = s x A^T, dT = s dy B, dB += dy^T T, dA += dT^T x (gradients fp32). */
   void (*matmul)(esp_backend *be, esp_tensor c, esp_tensor a, bool trans_a, esp_tensor b, bool trans_b, float alpha,

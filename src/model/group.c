@@ -48,12 +48,20 @@ static esp_weight *site_weight(esp_group_state *gs, const esp_site *s, int i) {
 }
 
 static esp_wview dense_view(esp_tensor w, int64_t out, int64_t in) {
-  esp_wview v = {out, in, NULL, w};
+  esp_wview v = {.out = out, .in = in, .dense = w};
   v.dense.ndim = 2;
   v.dense.shape[0] = out;
   v.dense.shape[1] = in;
   v.dense.ld = in;
   return v;
+}
+
+/* What the adapters have added to the weight itself; x: the product's input, or dy. */
+static void add_to(esp_run *run, esp_group *g, esp_tensor x, esp_wview *v, esp_added *list) {
+  const esp_adapter_hooks *h = run->model->hooks;
+  if (!h || !h->added || !run->be->ops->linear_adds) return;
+  v->n_added = h->added(h->ctx, run, g, x, v, list, ESP_MAX_ADDED);
+  v->added = list;
 }
 
 /* plain: without bias and without the sites' own products. */
@@ -62,11 +70,13 @@ static void product(esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, cons
   esp_tensor none = {0}, all = plain ? none : g->bias;
   esp_backend *be = run->be;
   esp_group_state *gs = &run->model->gs[g->index];
+  esp_added added[ESP_MAX_ADDED];
   esp_wview v;
   if (gs->bias_trained && !plain) refresh_bias(run, g);
   switch (gs->mode) {
   case ESP_GROUP_PACKED:
     if (!borrow(run, &g->weight, &v)) return;
+    if (!plain) add_to(run, g, x, &v, added);
     be->ops->linear(be, y, x, &v, all, tails, n, 0.0f);
     g->weight.ops->give_back(&g->weight, be, &v);
     break;
@@ -117,10 +127,12 @@ static void product_dx(esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, 
                        int n) {
   esp_backend *be = run->be;
   esp_group_state *gs = &run->model->gs[g->index];
+  esp_added added[ESP_MAX_ADDED];
   esp_wview v;
   switch (gs->mode) {
   case ESP_GROUP_PACKED:
     if (!borrow(run, &g->weight, &v)) return;
+    if (x.data) add_to(run, g, dy, &v, added);
     be->ops->linear_dx(be, dx, dy, &v, tails, n, 0.0f);
     g->weight.ops->give_back(&g->weight, be, &v);
     break;

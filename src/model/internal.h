@@ -12,6 +12,7 @@
 #include "model/model.h"
 
 #define ESP_MAX_TAILS 32
+#define ESP_MAX_ADDED 16
 
 /* How the base product of a group is done. */
 typedef enum esp_group_mode {

@@ -122,6 +122,9 @@ typedef struct esp_adapter_hooks {
    * accumulates parameter gradients and returns the tails for dx, `input_bwd` changes dx in place. */
   void (*input)(void *ctx, esp_run *run, esp_group *g, esp_tensor *x, void **slot);
   int (*tails)(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot);
+  /* Sparse matrices that are added to the group's frozen weight w while its product with x is made (in backward: with
+   * dy, x being that): how many, <= max. Asked between tails and output, tails_bwd and input_bwd. NULL: none. */
+  int (*added)(void *ctx, esp_run *run, esp_group *g, esp_tensor x, const esp_wview *w, esp_added *list, int max);
   void (*output)(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot);
   void (*output_bwd)(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, void **slot);
   int (*tails_bwd)(void *ctx, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails, int max,

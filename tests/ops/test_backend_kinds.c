@@ -523,10 +523,13 @@ static void sparse_run(void *ctx) {
 }
 static void test_sparse(void **state) {
   (void)state;
-  static const int64_t sizes[][3] = {{1, 1, 1}, {3, 5, 4}, {17, 9, 12}, {40, 20, 33}, {130, 6, 10}, {33, 270, 20}};
+  static const int64_t sizes[][3] = {{1, 1, 1},    {3, 5, 4},     {17, 9, 12},   {40, 20, 33},
+                                     {130, 6, 10}, {33, 270, 20}, {70, 70, 700}, {1100, 70, 600}};
   EACH_ISA EACH_MIX for (size_t c = 0; c < sizeof sizes / sizeof *sizes; c++) for (int ordered = 0; ordered < 2;
                                                                                    ordered++) {
     int64_t tokens = sizes[c][0], rows = sizes[c][1], cols = sizes[c][2];
+    if (cols >= 600 && !(ta == ESP_BF16 && tb == ESP_BF16 && ty == ESP_BF16))
+      continue; /* blocks of the tiles' product */
     sparse_test t = {.x = buf_new(tb, tokens, cols, c % 3, 1), .y = buf_new(ty, tokens, rows, c % 2 * 3, 1)};
     t.dy = buf_new(ta, tokens, rows, c % 2, 1);
     sparse_new(&t, rows, cols, ordered);
@@ -538,7 +541,7 @@ static void test_sparse(void **state) {
     out_ref outs[] = {{t.y.t.data, t.y.bytes}, {t.dv.t.data, t.dv.bytes}};
     check_threads(sparse_run, &t, outs, 2);
     bool rounded = ty == ESP_BF16 && tb == ESP_BF16; /* then the values may be, too */
-    buf_close("sparse_matmul", &t.y, want, type_tol(ty, 3e-6), rounded ? 6 : 3);
+    buf_close("sparse_matmul", &t.y, want, type_tol(ty, 3e-6), rounded ? 6 + (double)cols / 60 : 3);
     for (int64_t e = 0; e < buf_n(&t.dv); e++) {
       double now = buf_load(&t.dv, e), was = t.dv.v[e];
       buf_store(&t.dv, e, now - was);

@@ -123,7 +123,32 @@ typedef struct linear_case {
   int64_t rank;
   float beta;
   bool bias, y_f32;
+  int n_added; /* sparse matrices that are added to the weight, on the rows of the last sites */
 } linear_case;
+
+/* A third of rows [row0, out), some of them empty, as an operand and into the reference, rounded as the weight is. */
+static esp_added sparse_rows(int64_t row0, int64_t out, int64_t in) {
+  int64_t rows = out - row0;
+  int32_t *start = calloc((size_t)(rows + 1), sizeof *start), *index = malloc((size_t)(rows * in) * sizeof *index);
+  float *values = malloc((size_t)(rows * in) * sizeof *values);
+  int32_t n = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t c = 0; c < in && r % 5 != 1; c++)
+      if (below(3) == 0) values[n] = (float)between(-100, 100) / 64, index[n++] = (int32_t)c;
+    start[r + 1] = n;
+  }
+  return (esp_added){row0, {rows, n, start, index, NULL, values}};
+}
+static void sparse_add(double *wd, const esp_added *a, int64_t in) {
+  for (int64_t r = 0; r < a->m.rows; r++)
+    for (int32_t e = a->m.start[r]; e < a->m.start[r + 1]; e++) {
+      double *w = &wd[(a->row0 + r) * in + a->m.index[e]];
+      *w = esp_bf16_to_f32(esp_f32_to_bf16((float)*w + a->m.values[e]));
+    }
+}
+static void sparse_drop(esp_added *a) {
+  free((void *)a->m.start), free((void *)a->m.index), free((void *)a->m.values);
+}
 
 static void run_linear(const linear_case *k) {
   int64_t out = 0;
@@ -153,6 +178,13 @@ static void run_linear(const linear_case *k) {
     tw[i] = k->dx ? make(k->compute, k->rank, nc) : make(k->compute, nc, k->rank);
     tails[i] = (esp_tail){c0, tx[i].t, tw[i].t};
   }
+  esp_added added[2];
+  for (int i = 0; i < k->n_added; i++) {
+    added[i] = sparse_rows(i == 0 ? out - k->out[k->n_out - 1] : 0, i == 0 ? out : k->out[0], k->in);
+    assert_true(check_be->ops->linear_adds(check_be, x.t, &view, &added[i].m));
+  }
+  view.added = added;
+  view.n_added = k->n_added;
   esp_tensor bt = {0};
   if (k->bias) {
     bt = bias.t;
@@ -180,6 +212,7 @@ static void run_linear(const linear_case *k) {
         double v = w[i].v[k->transposed ? c * k->out[i] + r : r * k->in + c];
         wd[o * k->in + c] = k->packed && k->compute == ESP_BF16 ? esp_bf16_to_f32(esp_f32_to_bf16((float)v)) : v;
       }
+  for (int i = 0; i < k->n_added; i++) sparse_add(wd, &added[i], k->in);
   for (int64_t r = 0; r < k->m; r++)
     for (int64_t i = 0; i < n; i++) {
       sums s = {0};
@@ -199,6 +232,7 @@ static void run_linear(const linear_case *k) {
       check(&y, r, i, s, k->dx ? "linear_dx" : "linear");
     }
   free(wd);
+  for (int i = 0; i < k->n_added; i++) sparse_drop(&added[i]);
   if (view.packed) check_be->ops->pack_free(check_be, (void *)view.packed);
   for (int i = 0; i < k->n_out; i++) drop(&w[i]);
   for (int i = 0; i < k->n_tails; i++) {
@@ -238,6 +272,22 @@ static void linear_matches_fp64(void **state) {
 static void dx_matches_fp64(void **state) {
   (void)state;
   random_linear(true, test_quick() ? 20 : 40);
+}
+
+/* Weights with something added to them, where the backend takes that: bf16 through tiles. Seen to catch: rows of a
+ * matrix counted from the first of the weight (row0 left out). */
+static void added_to_the_weight(void **state) {
+  (void)state;
+  EACH_ISA {
+    if (!check_be->ops->linear_adds || strcmp(check_where(), "amx")) continue;
+    for (int i = 0; i < (test_quick() ? 8 : 24); i++) {
+      linear_case k = {.compute = ESP_BF16, .stored = ESP_BF16, .packed = true, .dx = i % 2, .n_added = 1 + i / 2 % 2};
+      k.m = between(32, 90), k.in = between(1, 150), k.n_out = 2;
+      k.out[0] = between(1, 100), k.out[1] = between(2, 100);
+      k.n_tails = (int)between(0, 2), k.rank = between(1, 20), k.beta = (float)below(2), k.bias = !k.dx && below(2);
+      run_linear(&k);
+    }
+  }
 }
 
 /* Contractions longer than a block, several row and column blocks. */
@@ -426,13 +476,10 @@ static void staged_operand(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(linear_matches_fp64),
-      cmocka_unit_test(dx_matches_fp64),
-      cmocka_unit_test(long_contractions),
-      cmocka_unit_test(matmul_matches_fp64),
-      cmocka_unit_test(thin_products),
-      cmocka_unit_test(exact_integers),
-      cmocka_unit_test(edges),
+      cmocka_unit_test(linear_matches_fp64), cmocka_unit_test(added_to_the_weight),
+      cmocka_unit_test(dx_matches_fp64),     cmocka_unit_test(long_contractions),
+      cmocka_unit_test(matmul_matches_fp64), cmocka_unit_test(thin_products),
+      cmocka_unit_test(exact_integers),      cmocka_unit_test(edges),
       cmocka_unit_test(staged_operand),
   };
   int rc = cmocka_run_group_tests_name("products", tests, check_setup, check_teardown);

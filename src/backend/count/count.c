@@ -193,6 +193,9 @@ static void linear(esp_backend *be, esp_tensor y, esp_tensor x, const esp_wview 
   esp_cpu_linear(be, y, x, w, bias, tails, n_tails, beta);
   products_end(be, old);
 }
+static bool linear_adds(esp_backend *be, esp_tensor x, const esp_wview *w, const esp_csr *m) {
+  return !models_cuda(be) && w->packed && esp_cpu_adds(&x, w, m);
+}
 static void linear_dx(esp_backend *be, esp_tensor dx, esp_tensor dy, const esp_wview *w, const esp_tail *tails,
                       int n_tails, float beta) {
   double flops = 2 * (double)esp_tensor_rows(&dy) * (double)w->out * (double)w->in;
@@ -450,6 +453,7 @@ static const esp_backend_ops ops = {
     .pack_host = pack_host,
     .linear = linear,
     .linear_dx = linear_dx,
+    .linear_adds = linear_adds,
     .matmul = matmul,
     .embed = embed,
     .embed_bwd = embed_bwd,

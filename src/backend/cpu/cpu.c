@@ -86,6 +86,7 @@ static const esp_backend_ops ops = {
     .pack_free = esp_cpu_pack_free,
     .linear = esp_cpu_linear,
     .linear_dx = esp_cpu_linear_dx,
+    .linear_adds = esp_cpu_linear_adds,
     .matmul = esp_cpu_matmul,
     .embed = esp_cpu_embed,
     .embed_bwd = esp_cpu_embed_bwd,

@@ -108,7 +108,7 @@ static void plan_amx(esp_gjob *j) {
   int64_t kpad = esp_max64(round32(j->k), 32);
   bool fill_a = j->a.kind == ESP_GOPER_COLS, fill_b = j->b.kind != ESP_GOPER_VNNI;
   j->kc = kpad;
-  if (fill_a && j->m <= 64) {
+  if (fill_a && j->m <= 64 && !j->take) {
     /* thin result over long columns (dB, dA): parts of the contraction, each read once as L2-sized blocks */
     int64_t parts = esp_max64(1, esp_min64(j->k / 128, 8));
     j->kb = even_block(esp_ceil_div(esp_max64(j->k, 1), parts), 128);
@@ -124,7 +124,8 @@ static void plan_amx(esp_gjob *j) {
   j->nb = even_block(j->n, esp_max64(192, esp_min64(640, (BLOCK_BYTES / (2 * kpad)) & ~(int64_t)31)));
   j->kb = even_block(esp_max64(j->k, 1), (BLOCK_BYTES / (2 * j->nb)) & ~(int64_t)31);
   int64_t parts = esp_min64(8, PARTIAL_BYTES / (4 * j->m * round32(j->n)));
-  if (fill_b && j->k >= 8192 && parts >= 2) { /* parts of a long contraction: each piece of b is made once */
+  if (fill_b && j->k >= 8192 && parts >= 2 &&
+      !j->take) { /* parts of a long contraction: each piece of b is made once */
     j->nb = even_block(j->n, 640);
     j->kb = even_block(esp_ceil_div(j->k, parts), (BLOCK_BYTES / (2 * j->nb)) & ~(int64_t)31);
     j->kc = j->kb * esp_ceil_div(j->k, j->kb * parts);
@@ -192,7 +193,7 @@ static void reduce_fn(void *ctx, int64_t chunk, int thread) {
   }
 }
 
-enum { SHARE_LEAST = 64 * 1024, SHARE_MOST = 16 * 1024 * 1024 };
+enum { SHARE_LEAST = 64 * 1024 };
 
 static void share_fn(void *ctx, int64_t chunk, int thread) {
   const esp_gjob *j = ctx;
@@ -205,12 +206,31 @@ static void share_fn(void *ctx, int64_t chunk, int thread) {
 static esp_status share_b(esp_gjob *j) {
   int64_t blocks = esp_ceil_div(j->k, 32), bytes = esp_ceil_div(j->n, 32) * blocks * ESP_GEMM_BLOCK;
   bool thin = j->a.kind == ESP_GOPER_COLS && j->m <= 64;
-  if (j->b.kind == ESP_GOPER_VNNI || thin || bytes < SHARE_LEAST || bytes > SHARE_MOST || j->m < 64) return ESP_OK;
+  if (j->b.kind == ESP_GOPER_VNNI || thin || bytes < SHARE_LEAST || bytes > ESP_GEMM_SHARED || j->m < 64) return ESP_OK;
   if (dry) {
     dry->panels = most(dry->panels, (size_t)bytes);
   } else {
     ESP_TRY(ensure((void **)&g.panels, &g.panels_bytes, (size_t)bytes));
     esp_parallel(esp_gemm_amx_fill_chunks(&j->b, j->n, j->k), share_fn, j);
+  }
+  j->b = (esp_goper){g.panels, ESP_BF16, ESP_GOPER_VNNI, blocks};
+  return ESP_OK;
+}
+
+static void share_added_fn(void *ctx, int64_t chunk, int thread) {
+  const esp_gjob *j = ctx;
+  (void)thread;
+  esp_gemm_added_fill(g.panels, j->added, j->b.kind == ESP_GOPER_VNNI_T, chunk);
+}
+
+/* The same for a weight with something added. */
+static esp_status share_added(esp_gjob *j) {
+  int64_t blocks = esp_ceil_div(j->k, 32), bytes = esp_ceil_div(j->n, 32) * blocks * ESP_GEMM_BLOCK;
+  if (dry) {
+    dry->panels = most(dry->panels, (size_t)bytes);
+  } else {
+    ESP_TRY(ensure((void **)&g.panels, &g.panels_bytes, (size_t)bytes));
+    esp_parallel(esp_gemm_added_chunks(j->added), share_added_fn, j);
   }
   j->b = (esp_goper){g.panels, ESP_BF16, ESP_GOPER_VNNI, blocks};
   return ESP_OK;
@@ -225,7 +245,7 @@ static void share_a_fn(void *ctx, int64_t chunk, int thread) {
 /* The same for an operand a that lies transposed (the gradient of a dense weight). */
 static esp_status share_a(esp_gjob *j) {
   int64_t blocks = esp_ceil_div(j->k, 32), bytes = esp_ceil_div(j->m, 32) * blocks * ESP_GEMM_BLOCK;
-  if (j->a.kind != ESP_GOPER_COLS || j->m <= 64 || bytes > SHARE_MOST) return ESP_OK;
+  if (j->a.kind != ESP_GOPER_COLS || j->m <= 64 || bytes > ESP_GEMM_SHARED) return ESP_OK;
   if (dry) {
     dry->tiles = most(dry->tiles, (size_t)bytes);
   } else {
@@ -249,6 +269,7 @@ static esp_status run(esp_gjob *j) {
   if (packed && !j->amx) return esp_fail(ESP_ERR_INTERNAL, "a product with packed bf16 weights needs bf16 operands");
   j->id = ++g.next_id;
   if (j->amx) {
+    if (j->added) ESP_TRY(share_added(j));
     ESP_TRY(share_b(j));
     ESP_TRY(share_a(j));
     plan_amx(j);
@@ -305,6 +326,7 @@ static void product(esp_backend *be, esp_tensor c, esp_tensor a, const esp_wview
   assert(esp_tensor_cols(&a) == j.k && esp_tensor_cols(&c) == j.n && esp_tensor_rows(&c) == j.m);
   j.a = oper(&a, ESP_GOPER_ROWS);
   j.b = weight_oper(w, exchanged, a.dtype);
+  j.added = w->n_added > 0 ? w : NULL;
   j.c = c.data;
   j.c_type = c.dtype;
   j.ldc = c.ld;
@@ -362,6 +384,19 @@ void esp_cpu_matmul(esp_backend *be, esp_tensor c, esp_tensor a, bool trans_a, e
     j.n = m;
     j.c_trans = true;
   }
+  esp_status st = run(&j);
+  if (st != ESP_OK) be->sticky = st;
+}
+
+void esp_cpu_matmul_taken(esp_backend *be, esp_tensor a, esp_tensor b, esp_gemm_take take, void *ctx) {
+  if (be->sticky != ESP_OK) return;
+  esp_gjob j = {.m = esp_tensor_cols(&a), .n = esp_tensor_cols(&b), .k = esp_tensor_rows(&a), .take = take};
+  assert(esp_tensor_rows(&b) == j.k && a.dtype == ESP_BF16 && b.dtype == ESP_BF16);
+  j.take_ctx = ctx;
+  j.a = oper(&a, ESP_GOPER_COLS);
+  j.b = oper(&b, ESP_GOPER_COLS);
+  j.c_type = ESP_F32;
+  j.alpha = 1;
   esp_status st = run(&j);
   if (st != ESP_OK) be->sticky = st;
 }

@@ -15,8 +15,14 @@ void esp_cpu_linear(esp_backend *be, esp_tensor y, esp_tensor x, const esp_wview
                     const esp_tail *tails, int n_tails, float beta);
 void esp_cpu_linear_dx(esp_backend *be, esp_tensor dx, esp_tensor dy, const esp_wview *w, const esp_tail *tails,
                        int n_tails, float beta);
+bool esp_cpu_linear_adds(esp_backend *be, esp_tensor x, const esp_wview *w, const esp_csr *m); /* gemm_added.c */
 void esp_cpu_matmul(esp_backend *be, esp_tensor c, esp_tensor a, bool trans_a, esp_tensor b, bool trans_b, float alpha,
                     float beta);
+/* a^T b in pieces of at most 32 rows as they are made: rows [m, m + rows), columns [n, n + cols) at sum, row stride ld.
+ * Each element comes once; pieces come from several threads. bf16 through tiles only. */
+typedef void (*esp_gemm_take)(void *ctx, int64_t m, int64_t rows, int64_t n, int64_t cols, const float *sum,
+                              int64_t ld);
+void esp_cpu_matmul_taken(esp_backend *be, esp_tensor a, esp_tensor b, esp_gemm_take take, void *ctx);
 
 /* Bytes a packed operand of [out, in] takes in `compute` type at the current level (for planning and the count
  * backend). */

@@ -258,7 +258,7 @@ static void run_stripe(const stripe *st, const char *tiles_a, int64_t k0, int64_
       }
       float done[32 * 32] __attribute__((aligned(64)));
       float *keep = st->keep + (n - st->n0);
-      bool begin = st->first && r == 0, store = last && !st->parts;
+      bool begin = st->first && r == 0, store = last && !st->parts && !j->take;
       if (store && !j->c_trans) prefetch_result(j, st->m, n, st->rows);
       multiply_any(segs, n_segs, begin ? NULL : keep, st->ld_keep, store ? done : keep, store ? 32 : st->ld_keep,
                    st->rows > 16, cols > 16);
@@ -317,6 +317,7 @@ void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t 
       else if (j->a.kind == ESP_GOPER_TILES)
         a = (const char *)j->a.data + (m / 32 * j->a.ld + k0 / 32) * ESP_GEMM_BLOCK;
       run_stripe(&st, a, k0, nk, b, b_panel, tails && last ? tail_b : NULL, s->pad);
+      if (j->take && last) j->take(j->take_ctx, m, rows, n0, n1 - n0, st.keep, st.ld_keep);
     }
     k0 += esp_max64(nk, 1);
   } while (k0 < kend);

@@ -9,12 +9,13 @@
 #ifndef ESP_BACKEND_CPU_GEMM_IMPL_H
 #define ESP_BACKEND_CPU_GEMM_IMPL_H
 
-#include "backend/backend.h"
+#include "backend/cpu/gemm.h"
 
 enum {
   ESP_GEMM_BLOCK = 2048, /* bytes of a 32 x 32 bf16 block: two tiles */
   ESP_GEMM_MAX_TAILS = 16,
-  ESP_GEMM_HUGE = 4 * 1024 * 1024 /* elements of an fp32 result that is written past the caches */
+  ESP_GEMM_SHARED = 16 * 1024 * 1024, /* bytes of an operand that is made once for all threads, at most */
+  ESP_GEMM_HUGE = 4 * 1024 * 1024     /* elements of an fp32 result that is written past the caches */
 };
 
 /* Where element (i, k) of an operand lies; i is the row (a) or the column (b) of the result. */
@@ -41,6 +42,7 @@ typedef struct esp_gtail {
 typedef struct esp_gjob {
   int64_t m, n, k;
   esp_goper a, b;
+  const esp_wview *added; /* b is this weight with sparse matrices added to it; NULL: as it is */
   int n_tails;
   esp_gtail tails[ESP_GEMM_MAX_TAILS];
   void *c;
@@ -50,6 +52,8 @@ typedef struct esp_gjob {
   float alpha, beta;
   const void *bias;
   esp_dtype bias_type;
+  esp_gemm_take take; /* not NULL: sums go there and not to c */
+  void *take_ctx;
   /* plan */
   bool amx;
   int64_t mb, nb, kb, kc; /* rows, columns and contraction of a block; contraction of a k part (multiple of kb) */
@@ -78,6 +82,10 @@ void esp_gemm_amx_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t 
 void esp_gemm_amx_fill_a(void *tiles, const esp_goper *a, int64_t chunk, int64_t m, int64_t k);
 int64_t esp_gemm_amx_fill_chunks(const esp_goper *b, int64_t n, int64_t k);
 void esp_gemm_amx_fill(void *panels, const esp_goper *b, int64_t chunk, int64_t n, int64_t k);
+/* gemm_added.c: the panels of a packed weight with what is added to it, of its transpose where `exchanged`, in so many
+ * independent chunks. */
+int64_t esp_gemm_added_chunks(const esp_wview *w);
+void esp_gemm_added_fill(void *panels, const esp_wview *w, bool exchanged, int64_t chunk);
 esp_gsizes esp_gemm_blas_sizes(const esp_gjob *j);
 void esp_gemm_blas_chunk(const esp_gjob *j, esp_gscratch *s, int64_t kc, int64_t mb, int64_t nb);
 void esp_gemm_blas_init(void);

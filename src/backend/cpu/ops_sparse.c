@@ -1,7 +1,8 @@
 /* ops_sparse.c: products with sparse matrices (backend.h) on the cpu. Very sparse ones entry by entry: block after
  * block of tokens, first turned into columns, then row by row of the matrix. Above one entry in 25 the tiles of AMX are
- * faster on a dense matrix, zeros and all: some rows of it at a time, in scratch. Values are rounded to bf16 there, as
- * those of every other adapter are. */
+ * faster on a dense matrix, zeros and all: some rows of it at a time, in scratch; of a gradient 32 rows at a time, from
+ * which the entries are picked while they are in the cache. Values are rounded to bf16 there, as those of every other
+ * adapter are. */
 #include <assert.h>
 #include <string.h>
 
@@ -56,27 +57,35 @@ static void spread_part(const void *op, const esp_kernels *k, int64_t a, int64_t
     for (int32_t e = o->s->start[o->r0 + r]; e < o->s->start[o->r0 + r + 1]; e++)
       dense[r * o->cols + o->s->index[e]] = esp_f32_to_bf16(o->s->values[o->s->order ? o->s->order[e] : e]);
 }
-static void pick_part(const void *op, const esp_kernels *k, int64_t a, int64_t b) {
-  (void)k;
-  const sparse_op *o = op;
-  const float *dense = o->dense;
-  for (int64_t r = a; r < b; r++)
-    for (int32_t e = o->s->start[o->r0 + r]; e < o->s->start[o->r0 + r + 1]; e++)
-      o->grad[o->s->order ? o->s->order[e] : e] += dense[r * o->cols + o->s->index[e]];
+/* Of the gradient of the whole matrix the entries that are there, as its rows are made. */
+static void pick(void *ctx, int64_t m, int64_t rows, int64_t n, int64_t cols, const float *sum, int64_t ld) {
+  const sparse_op *o = ctx;
+  const esp_csr *s = o->s;
+  for (int64_t r = m; r < m + rows; r++, sum += ld) {
+    int32_t e = s->start[r], end = s->start[r + 1];
+    for (int32_t high = n > 0 ? end : e; e < high;) { /* the first entry from column n on */
+      int32_t middle = e + (high - e) / 2;
+      if (s->index[middle] < n)
+        e = middle + 1;
+      else
+        high = middle;
+    }
+    for (; e < end && s->index[e] < n + cols; e++) o->grad[s->order ? s->order[e] : e] += sum[s->index[e] - n];
+  }
 }
 
 void esp_cpu_sparse_products(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s, float *grad, void *scratch,
                              bool dry) {
   sparse_op o = {.s = s, .grad = grad, .cols = esp_tensor_cols(&x), .dense = scratch};
+  if (grad) {
+    esp_cpu_matmul_taken(be, y, x, pick, &o);
+    return;
+  }
   for (; o.r0 < s->rows; o.r0 += ESP_SPARSE_ROWS) {
     int64_t n = s->rows - o.r0 < ESP_SPARSE_ROWS ? s->rows - o.r0 : ESP_SPARSE_ROWS;
-    esp_tensor part = esp_tensor_cols_view(&y, o.r0, n);
-    if (!grad && !dry) esp_split(be, n, esp_row_step(o.cols), &o, spread_part);
-    if (grad)
-      esp_cpu_matmul(be, esp_tensor_2d(scratch, ESP_F32, n, o.cols), part, true, x, false, 1.0f, 0.0f);
-    else
-      esp_cpu_matmul(be, part, x, false, esp_tensor_2d(scratch, ESP_BF16, n, o.cols), true, 1.0f, 1.0f);
-    if (grad && !dry) esp_split(be, n, esp_row_step(o.cols), &o, pick_part);
+    if (!dry) esp_split(be, n, esp_row_step(o.cols), &o, spread_part);
+    esp_cpu_matmul(be, esp_tensor_cols_view(&y, o.r0, n), x, false, esp_tensor_2d(scratch, ESP_BF16, n, o.cols), true,
+                   1.0f, 1.0f);
   }
 }
 
@@ -86,8 +95,8 @@ static void run(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s, f
     sparse_blocks(be, y, x, s, grad, fn);
     return;
   }
-  void *scratch = esp_cpu_work(be, esp_cpu_work_sparse(&y, &x, s, grad != NULL));
-  if (scratch) esp_cpu_sparse_products(be, y, x, s, grad, scratch, false);
+  void *scratch = grad ? NULL : esp_cpu_work(be, esp_cpu_work_sparse(&y, &x, s, false));
+  if (scratch || grad) esp_cpu_sparse_products(be, y, x, s, grad, scratch, false);
 }
 void esp_cpu_sparse_matmul(esp_backend *be, esp_tensor y, esp_tensor x, const esp_csr *s) {
   run(be, y, x, s, NULL, sparse_rows_part);

@@ -3,6 +3,8 @@
 #ifndef ESP_BACKEND_CPU_WORK_H
 #define ESP_BACKEND_CPU_WORK_H
 
+#include "backend/cpu/gemm.h"
+#include "backend/cpu/gemm_impl.h"
 #include "backend/cpu/kernels.h"
 #include "core/cpu.h"
 #include "core/threads.h"
@@ -30,10 +32,15 @@ static inline bool esp_cpu_sparse_dense(const esp_tensor *y, const esp_tensor *x
   return esp_cpu_isa() == ESP_ISA_AMX && esp_is_b(y) && esp_is_b(x) && esp_tensor_rows(x) >= 32 &&
          s->entries * 25 > s->rows * esp_tensor_cols(x);
 }
+/* gemm_added.c: whether it is added to a packed weight instead. */
+static inline bool esp_cpu_adds(const esp_tensor *x, const esp_wview *w, const esp_csr *m) {
+  return esp_cpu_isa() == ESP_ISA_AMX && esp_is_b(x) && esp_tensor_rows(x) >= 32 && m->entries * 25 > m->rows * w->in &&
+         esp_cpu_pack_bytes(w->out, w->in, ESP_BF16) <= ESP_GEMM_SHARED;
+}
 static inline int64_t esp_cpu_work_sparse(const esp_tensor *y, const esp_tensor *x, const esp_csr *s, bool grad) {
   int64_t cols = esp_tensor_cols(x);
   if (!esp_cpu_sparse_dense(y, x, s)) return cols * ESP_SPARSE_BLOCK * (int64_t)sizeof(float);
-  return (s->rows < ESP_SPARSE_ROWS ? s->rows : (int64_t)ESP_SPARSE_ROWS) * cols * (grad ? 4 : 2);
+  return grad ? 0 : (s->rows < ESP_SPARSE_ROWS ? s->rows : (int64_t)ESP_SPARSE_ROWS) * cols * 2;
 }
 static inline int64_t esp_cpu_work_ce(int64_t rows) {
   return (rows + 3) / 4 * 64; /* loss and hit of each row */
