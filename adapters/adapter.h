@@ -342,6 +342,7 @@ esp_status esp_adapter_state_restore(esp_adapter *a, const struct json_t *j, con
 /* PEFT directory, both ways (adapter_config.json + adapter_model.safetensors). Loading is strict: every tensor of the
  * file consumed once, every slot filled once, else an error listing both sets (at most 5 of each and the counts). */
 esp_status esp_adapter_save(const esp_adapter *a, const char *dir);
+int64_t esp_adapter_save_bytes(const esp_adapter *a); /* the values that it has on the host at a time */
 esp_status esp_adapter_load(esp_model *m, const char *dir, const char *name, bool trainable, esp_adapter **out);
 /* Only the configuration: for check, inspect and plan. Strings live in the arena. */
 esp_status esp_adapter_cfg_load(const char *dir, esp_arena *arena, esp_adapter_cfg *out);

@@ -125,6 +125,16 @@ static void saved_shape(const esp_adapter *a, int index, int *ndim, int64_t shap
   if (rw.ls) shape[rw.is_a ? 0 : 1] *= 2;
 }
 
+int64_t esp_adapter_save_bytes(const esp_adapter *a) {
+  int64_t most = 0;
+  for (int i = 0; i < a->params->count; i++) {
+    int copies = find_rewritten(a, i).ls ? 3 : transposed(a, i) ? 2 : 1;
+    int64_t bytes = copies * a->params->list[i].numel * (int64_t)sizeof(float);
+    if (bytes > most) most = bytes;
+  }
+  return most;
+}
+
 /* The values as the file holds them; *n elements. */
 static float *saved_values(const esp_adapter *a, int index, int64_t *n) {
   rewritten rw = find_rewritten(a, index);

@@ -93,6 +93,7 @@ esp_status esp_job_plan(esp_job *job, esp_plan **out) {
   esp_plan_detail detail = {0};
   esp_comm *comm = NULL;
   *out = NULL;
+  if (job->recipe->parallel.threads > 0) ESP_TRY(esp_threads_init(job->recipe->parallel.threads));
   ESP_GOTO(esp_comm_create(job->recipe->parallel.comm, &comm));
   ESP_GOTO(esp_train_data_load(job->recipe, true, true, &d));
   ESP_GOTO(esp_train_plan(job->recipe, &d, comm, &esp_api_hooks, &detail));

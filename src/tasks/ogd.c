@@ -85,9 +85,10 @@ static esp_status principal(esp_strategy *s, const esp_sequence *q, esp_tensor g
   for (int64_t i = 0; i < n; i++)
     for (int64_t j = 0; j <= i; j++)
       gram[i * n + j] = gram[j * n + i] = (float)esp_sequence_dot(q, row(g, i), row(g, j));
-  if (!esp_backend_counts(q->be)) ESP_GOTO(esp_linalg_svd(n, n, gram, u, sv, vt));
+  bool counts = esp_backend_counts(q->be);
+  ESP_GOTO(esp_linalg_svd(n, n, counts ? NULL : gram, u, sv, vt));
   /* eigenvalues are squares: below the rounding of fp32 they say nothing */
-  while (k < most && (esp_backend_counts(q->be) || (double)sv[k] > 1e-6 * (double)sv[0])) k++;
+  while (k < most && (counts || (double)sv[k] > 1e-6 * (double)sv[0])) k++;
   if (k == 0) goto out;
   for (int64_t i = 0; i < k; i++)
     for (int64_t j = 0; j < n; j++) vt[i * n + j] /= sv[i] > 0 ? sqrtf(sv[i]) : 1;

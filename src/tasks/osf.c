@@ -127,10 +127,9 @@ static esp_status decompose(esp_strategy *s, const esp_sequence *q, const esp_tr
   float *w = esp_mem_alloc(ESP_MEM_HOST, size * sizeof *w);
   if (!w) return ESP_ERR_MEMORY;
   float *u = w + out * in, *sv = u + out * least, *vt = sv + least, *ut = vt + least * in;
-  if (!esp_backend_counts(q->be)) {
-    ESP_GOTO(weight_of(q, t, w));
-    ESP_GOTO(esp_linalg_svd(out, in, w, u, sv, vt));
-  }
+  bool counts = esp_backend_counts(q->be);
+  if (!counts) ESP_GOTO(weight_of(q, t, w));
+  ESP_GOTO(esp_linalg_svd(out, in, counts ? NULL : w, u, sv, vt));
   for (int64_t i = 0; i < k; i++)
     for (int64_t o = 0; o < out; o++) ut[i * out + o] = u[o * least + i];
   ESP_GOTO(store(s, "u", t, ut, k));

@@ -201,6 +201,7 @@ esp_status esp_basis_grow(esp_strategy *s, const char *name, int64_t width, cons
   float *rest = m + (k + short_side) * width, *copy = rest + rows * width, *t = copy + rows * width;
   float *u = t + rows * k, *sv = u + rows * short_side, *vt = sv + short_side;
   if (esp_backend_counts(s->be)) { /* the most there can be */
+    ESP_GOTO(esp_linalg_svd(rows, width, NULL, u, sv, vt));
     ESP_GOTO(store(s, name, m, (k + short_side < width ? k + short_side : width) * width));
     goto out;
   }

@@ -57,13 +57,15 @@ static uint32_t bits_of(float x) {
   return bits & 0x7fffffffu;
 }
 
-/* Marks the k largest magnitudes, of equal ones the first: the k-th by counting its upper, then its lower half. */
-static esp_status mark_largest(const float *x, int64_t n, int64_t k, uint8_t *mark) {
-  int64_t *count = esp_mem_alloc(ESP_MEM_HOST, 65536 * sizeof *count), left = k;
+enum { HALVES = 65536 };
+
+/* Marks the k largest magnitudes, of equal ones the first: the k-th by counting its upper, then its lower half.
+ * count [HALVES]: room to work in. */
+static void mark_largest(const float *x, int64_t n, int64_t k, int64_t *count, uint8_t *mark) {
+  int64_t left = k;
   uint32_t least = 0;
-  if (!count) return ESP_ERR_MEMORY;
   for (int shift = 16; shift >= 0; shift -= 16) {
-    memset(count, 0, 65536 * sizeof *count);
+    memset(count, 0, HALVES * sizeof *count);
     for (int64_t i = 0; i < n; i++) {
       uint32_t bits = bits_of(x[i]);
       if (shift == 16 || bits >> 16 == least >> 16) count[bits >> shift & 0xffffu]++;
@@ -76,8 +78,6 @@ static esp_status mark_largest(const float *x, int64_t n, int64_t k, uint8_t *ma
     uint32_t bits = bits_of(x[i]);
     if (bits > least || (bits == least && left-- > 0)) mark[i] = 1;
   }
-  esp_mem_free(count);
-  return ESP_OK;
 }
 
 static void build(const esp_site *s, const uint8_t *mark, int64_t n, int32_t *set) {
@@ -110,8 +110,9 @@ static esp_status join(esp_strategy *s, const esp_sequence *q, const esp_trained
   if (add < 1) add = 1;
   float *change = esp_mem_alloc(ESP_MEM_HOST, (size_t)(all + r * (in + out)) * sizeof *change);
   uint8_t *mark = esp_mem_alloc(ESP_MEM_HOST, (size_t)all);
+  int64_t *count = esp_mem_alloc(ESP_MEM_HOST, HALVES * sizeof *count);
   int32_t *set = esp_mem_alloc(ESP_MEM_HOST, (size_t)size_of(site, old + add) * sizeof *set);
-  if (!change || !mark || !set) ESP_GOTO(ESP_ERR_MEMORY);
+  if (!change || !mark || !count || !set) ESP_GOTO(ESP_ERR_MEMORY);
   if (esp_backend_counts(q->be)) { /* the most there can be */
     n = old + add < all ? old + add : all;
   } else {
@@ -119,7 +120,7 @@ static esp_status join(esp_strategy *s, const esp_sequence *q, const esp_trained
     esp_params_get(ps, t->a, a);
     esp_params_get(ps, t->b, b);
     esp_linalg_gemm(false, false, out, in, r, 1.0f, b, r, a, in, 0.0f, change, in);
-    ESP_GOTO(mark_largest(change, all, add, mark));
+    mark_largest(change, all, add, count, mark);
     if (had) {
       q->be->ops->download(q->be, set, had, size_of(site, old) * (int64_t)sizeof *set);
       ESP_GOTO(esp_backend_sync(q->be));
@@ -137,6 +138,7 @@ static esp_status join(esp_strategy *s, const esp_sequence *q, const esp_trained
 out:
   esp_mem_free(change);
   esp_mem_free(mark);
+  esp_mem_free(count);
   esp_mem_free(set);
   return st;
 }

@@ -33,6 +33,8 @@ typedef struct esp_run_state { /* plain bytes: broadcast as it is */
  * receives the directory. */
 esp_status esp_checkpoint_write(const esp_engine *e, const esp_run_state *s, const esp_task_steps *tasks,
                                 const esp_matrix *matrix, const float *values, char path[ESP_PATH]);
+/* What writing one, or the adapter, holds for its time. */
+int64_t esp_checkpoint_bytes(const esp_engine *e);
 /* Newest complete checkpoint. Damaged ones are passed over and counted. path "" when there is none. matrix may be
  * NULL. Checks the recipe hash and the rank count: ESP_ERR_RECIPE. */
 esp_status esp_checkpoint_find(const esp_recipe *r, int ranks, const esp_task_steps *tasks, esp_run_state *s,

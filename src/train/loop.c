@@ -287,6 +287,7 @@ static esp_status next_task(esp_loop *l, int task) {
     snprintf(rel, sizeof rel, "bases/%s", l->r->tasks[task].name);
     esp_path_join(merged, sizeof merged, dir, rel);
     esp_status st = ESP_OK;
+    esp_engine_unload(&l->engine); /* a merge holds an adapter of its own, and the next task makes all of this anew */
     if (l->comm->rank == 0) {
       st = esp_mkdirs(esp_path_join(folder, sizeof folder, dir, "bases"));
       if (st == ESP_OK) st = l->hooks->merge(l->hooks->ctx, base, path, merged);
@@ -418,10 +419,7 @@ static esp_status run(esp_loop *l, bool resume) {
 
 esp_status esp_train_run(const esp_recipe *r, esp_comm *comm, const esp_train_hooks *hooks, bool resume,
                          const esp_run_options *opt, esp_run_result *result) {
-  esp_loop *l = esp_mem_alloc(ESP_MEM_HOST, sizeof *l);
-  if (!l) return ESP_ERR_MEMORY;
-  l->r = r, l->comm = comm, l->hooks = hooks, l->opt = opt;
-  l->phase = "data";
+  esp_loop loop = {.r = r, .comm = comm, .hooks = hooks, .opt = opt, .phase = "data"}, *l = &loop;
   l->started = esp_now();
   l->state.last_loss = l->state.best = NAN;
   esp_status st = ESP_OK;
@@ -445,6 +443,5 @@ esp_status esp_train_run(const esp_recipe *r, esp_comm *comm, const esp_train_ho
   esp_matrix_destroy(l->matrix);
   esp_plan_detail_deinit(&l->plan);
   esp_train_data_deinit(&l->data);
-  esp_mem_free(l);
   return st;
 }

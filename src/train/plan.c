@@ -11,6 +11,7 @@
 #include "backend/plugin.h"
 #include "io/file.h"
 #include "train/background.h"
+#include "train/checkpoint.h"
 
 static int64_t cgroup_limit(void) {
   static const char *const files[] = {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
@@ -36,35 +37,65 @@ int64_t esp_memory_limit(const esp_recipe *r) {
   return (int64_t)((double)(machine / ranks) * r->memory.limit_share);
 }
 
-/* A micro-batch of the task's largest size. Its contents do not matter: nothing is computed. One long sequence, and in
- * front of it as many of one token as virtual tokens make a difference for. taught: as strategies teach it. */
-static esp_status largest(esp_engine *e, const esp_task_steps *c, esp_ckpt_mode ckpt, bool taught) {
-  size_t n = (size_t)c->max_tokens;
-  int seqs = esp_model_virtual_tokens(e->model) ? (int)c->max_sequences : 1;
+/* A micro-batch by its sizes alone: nothing is computed. */
+typedef struct shape {
+  int64_t tokens, trained, sequences, labelled; /* labelled: sequences with a loss */
+  int64_t longest;                              /* sequence; the others share what is left */
+} shape;
+
+/* cu [sequences + 1], weights [tokens] */
+static void cut(const shape *s, int32_t *cu, float *weights) {
+  int64_t left = s->trained - s->labelled;
+  for (int64_t i = 1; i < s->sequences; i++)
+    cu[i] = (int32_t)(s->longest + (s->tokens - s->longest) * (i - 1) / (s->sequences - 1));
+  cu[s->sequences] = (int32_t)s->tokens;
+  for (int64_t i = 0; i < s->labelled; i++) weights[cu[i]] = 1.0f;
+  for (int64_t t = 0; t < s->tokens && left > 0; t++)
+    if (weights[t] == 0.0f) weights[t] = 1.0f, left--;
+}
+
+/* taught: as strategies teach it. */
+static esp_status pass(esp_engine *e, const esp_task_steps *c, const shape *s, bool taught) {
+  size_t n = (size_t)s->tokens;
   esp_status st = ESP_OK;
   int32_t *ids = calloc(4 * n + 1, sizeof *ids), *cu = ids + 3 * n;
   float *weights = calloc(n, sizeof *weights);
   if (!ids || !weights) ESP_GOTO(esp_fail_oom("a plan's batch", 16 * n));
-  for (int64_t i = 0; i < c->max_trained; i++) weights[i] = 1.0f;
-  for (size_t i = 0; i < n; i++) ids[2 * n + i] = 0;
-  for (int s = 0; s < seqs; s++) cu[s] = s;
-  cu[seqs] = (int32_t)n;
-  esp_batch b = {.tokens = (int64_t)n,
+  cut(s, cu, weights);
+  esp_batch b = {.tokens = s->tokens,
                  .ids = ids,
                  .targets = ids + n,
                  .positions = ids + 2 * n,
                  .weights = weights,
                  .cu_seqlens = cu,
-                 .n_seqs = seqs};
+                 .n_seqs = (int)s->sequences};
   esp_strategy_step t = {.task_steps = c->steps, .weight = 1, .scale = 1};
   esp_loss_out loss;
   if (taught) ESP_GOTO(esp_strategies_teach(&e->strategies, &e->sequence, &t, &b));
-  ESP_GOTO(esp_model_step(e->model, &e->stack, &b, ckpt, true, 1.0f, 0, 0, &loss, NULL));
+  ESP_GOTO(
+      esp_model_step(e->model, &e->stack, &b, e->r->memory.activation_checkpointing, true, 1.0f, 0, 0, &loss, NULL));
   ESP_GOTO(esp_backend_sync(e->be));
 out:
   free(ids);
   free(weights);
   return st;
+}
+
+static shape make_shape(int64_t tokens, int64_t trained, int64_t sequences, int64_t labelled, int64_t longest) {
+  if (sequences < labelled) sequences = labelled;
+  if (sequences * longest < tokens) sequences = (tokens + longest - 1) / longest;
+  if (longest > tokens - sequences + 1) longest = tokens - sequences + 1;
+  return (shape){tokens, trained, sequences, labelled, longest};
+}
+
+/* The largest micro-batch and the smallest: a product of few rows may hold more than one of many, whose operands are
+ * shared. */
+static esp_status passes(esp_engine *e, const esp_task_steps *c, bool taught) {
+  int64_t sequences = c->max_blocks - c->max_tokens / 32;
+  shape large = make_shape(c->max_tokens, c->max_trained, sequences, c->max_labelled, c->max_length);
+  shape small = make_shape(c->min_tokens, c->min_trained, 1, 1, c->max_length);
+  ESP_TRY(pass(e, c, &large, taught));
+  return pass(e, c, &small, taught);
 }
 
 static esp_status evaluations(esp_engine *e, const esp_train_data *d, const esp_train_hooks *hooks) {
@@ -81,13 +112,13 @@ static esp_status evaluations(esp_engine *e, const esp_train_data *d, const esp_
 
 /* The step again with the stack at its full height, now as a whole over the first rows: this is also what is counted.
  */
-static esp_status plan_step(esp_engine *e, const esp_train_data *d, int task, const esp_task_steps *c, double *flops) {
+static esp_status plan_step(esp_engine *e, const esp_train_data *d, int task, const esp_task_steps *c, esp_rows *rows,
+                            double *flops) {
   const esp_recipe *r = e->r;
   const esp_recipe_task *t = &r->tasks[task];
   esp_status st = ESP_OK;
   esp_packs *packs = NULL;
-  esp_rows rows = {0};
-  ESP_GOTO(largest(e, c, r->memory.activation_checkpointing, true));
+  ESP_GOTO(passes(e, c, true));
   ESP_GOTO(esp_packs_create(d->task[task], &t->data_cfg, r->seed, task, 0, &packs));
   double before = e->be->stats.flops;
   esp_step_in in = {.packs = packs,
@@ -99,16 +130,15 @@ static esp_status plan_step(esp_engine *e, const esp_train_data *d, int task, co
                     .ckpt = r->memory.activation_checkpointing,
                     .seed = r->seed};
   esp_step_out out;
-  ESP_GOTO(esp_train_step(e, &in, &rows, &out));
+  ESP_GOTO(esp_train_step(e, &in, rows, &out));
   *flops = (e->be->stats.flops - before) / (double)(out.tokens > 0 ? out.tokens : 1); /* per token */
 out:
   esp_packs_destroy(packs);
-  esp_rows_deinit(&rows);
   return st;
 }
 
 static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_train_hooks *hooks, int task, bool fresh,
-                            const esp_task_steps *c, double *flops) {
+                            const esp_task_steps *c, esp_rows *rows, double *flops) {
   const esp_recipe *r = e->r;
   const esp_recipe_task *t = &r->tasks[task];
   e->n_earlier = esp_engine_keeps(r, task);
@@ -117,15 +147,18 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   if (!e->stack_ready) ESP_TRY(esp_engine_stack(e, 0));
   const esp_adapter_kind *kind = e->adapter->kind;
   if (kind->task_begin) ESP_TRY(kind->task_begin(e->adapter, task));
-  if (c->steps > 0) ESP_TRY(largest(e, c, r->memory.activation_checkpointing, false));
+  if (c->steps > 0) ESP_TRY(passes(e, c, false));
   if (fresh) ESP_TRY(esp_calibrate(e, r, d, task));
   ESP_TRY(esp_engine_task(e, task, c));
   ESP_TRY(esp_strategies_deploy(&e->strategies, &e->sequence, true));
   if (fresh || kind->task_begin) ESP_TRY(evaluations(e, d, hooks)); /* what an evaluation holds may grow with tasks */
   ESP_TRY(esp_strategies_deploy(&e->strategies, &e->sequence, false));
-  if (c->steps > 0) ESP_TRY(plan_step(e, d, task, c, flops));
+  if (c->steps > 0) ESP_TRY(plan_step(e, d, task, c, rows, flops));
   ESP_TRY(esp_strategies_task_end(&e->strategies, &e->sequence));
   if (task + 1 < r->n_tasks) ESP_TRY(esp_strategies_hand_over(&e->strategies, &e->sequence));
+  int64_t writing = esp_checkpoint_bytes(e);
+  esp_mem_account(ESP_MEM_HOST, writing);
+  esp_mem_account(ESP_MEM_HOST, -writing);
   /* again over what strategies have come to hold, and over the stack at the height that they need */
   if (e->strategies.n == 0 || task + 1 < r->n_tasks) return ESP_OK;
   ESP_TRY(esp_strategies_deploy(&e->strategies, &e->sequence, true));
@@ -158,6 +191,7 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
                           esp_plan_detail *out) {
   esp_status st = ESP_OK;
   esp_engine e = {0};
+  esp_rows rows = {0};    /* as large as the largest micro-batch, all the time */
   esp_comm *alone = NULL; /* the plan talks to nobody; the run's ranks only enter the counts */
   *out = (esp_plan_detail){0};
   esp_plan *p = out->plan = calloc(1, sizeof *p);
@@ -166,7 +200,7 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   if (!p || !p->tasks || !out->task) ESP_GOTO(esp_fail_oom("a plan", sizeof *p));
   p->n_tasks = r->n_tasks;
   p->ranks = comm->size;
-  for (int i = 0; i < r->n_tasks; i++) ESP_GOTO(esp_task_count(r, i, d->task[i], comm->size, &out->task[i]));
+  for (int i = 0; i < r->n_tasks; i++) ESP_GOTO(esp_task_count(r, i, d->task[i], comm->size, &rows, &out->task[i]));
   esp_mem_stats_reset_peak();
   ESP_GOTO(esp_comm_create("self", &alone));
   ESP_GOTO(esp_engine_init(&e, r, alone, true));
@@ -174,7 +208,7 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   for (int i = 0; i < r->n_tasks; i++) {
     const esp_task_steps *c = &out->task[i];
     double flops = 0;
-    ESP_GOTO(plan_task(&e, d, hooks, i, i == 0 || r->continual.policy != ESP_POLICY_CONTINUE, c, &flops));
+    ESP_GOTO(plan_task(&e, d, hooks, i, i == 0 || r->continual.policy != ESP_POLICY_CONTINUE, c, &rows, &flops));
     esp_plan_task *t = &p->tasks[i];
     strncpy(t->name, r->tasks[i].name, sizeof t->name - 1);
     t->samples = c->samples, t->rows = c->rows, t->steps = c->steps, t->tokens = c->tokens;
@@ -208,6 +242,7 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   p->fits = p->peak_bytes <= p->limit_bytes;
   if (!e.be->on_host) device_fit(r, &s, p);
 out:
+  esp_rows_deinit(&rows);
   esp_engine_deinit(&e);
   esp_comm_destroy(alone);
   if (st != ESP_OK) esp_plan_detail_deinit(out);

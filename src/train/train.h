@@ -64,7 +64,11 @@ typedef struct esp_task_steps {
   int64_t samples, rows, steps; /* rows of epoch 0 */
   int64_t max_tokens;           /* largest micro-batch, padded */
   int64_t max_trained;          /* most rows with a loss in one micro-batch */
-  int64_t max_sequences;        /* most sequences with such rows in one */
+  int64_t max_labelled;         /* most sequences with such rows in one */
+  int64_t max_length;           /* longest sequence */
+  int64_t max_blocks;           /* most blocks of 32 tokens in one, padded, where a sequence begins another */
+  int64_t min_tokens;           /* smallest micro-batch, padded */
+  int64_t min_trained;          /* fewest rows with a loss in one, of those that have any */
   int64_t tokens;               /* of the task, padding included, all ranks */
   double weight;                /* of epoch 0 */
 } esp_task_steps;
@@ -145,7 +149,8 @@ typedef struct esp_cursor {
   int64_t step; /* of the whole run */
 } esp_cursor;
 
-esp_status esp_task_count(const esp_recipe *r, int task, const esp_dataset *d, int ranks, esp_task_steps *out);
+esp_status esp_task_count(const esp_recipe *r, int task, const esp_dataset *d, int ranks, esp_rows *rows,
+                          esp_task_steps *out);
 
 /* ---- plan ---- */
 typedef struct esp_plan_detail {

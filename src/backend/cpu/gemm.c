@@ -147,7 +147,7 @@ static void plan_amx(esp_gjob *j) {
 static void plan_blas(esp_gjob *j) {
   int64_t k = esp_max64(j->k, 1);
   bool widen = j->a.dtype != ESP_F32 || j->b.dtype != ESP_F32;
-  j->mb = even_block(j->m, 256);
+  j->mb = even_block(j->m, ESP_GEMM_BLAS_ROWS);
   j->nb = even_block(j->n, 384);
   j->kc = round32(k);
   j->kb = widen ? esp_min64(j->kc, 1024) : j->kc;

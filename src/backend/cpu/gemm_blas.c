@@ -73,11 +73,12 @@ static void sgemm(float *c, int64_t ldc, block a, block b, int64_t m, int64_t n,
 
 esp_gsizes esp_gemm_blas_sizes(const esp_gjob *j) {
   esp_gsizes z = {0};
-  if (j->a.dtype != ESP_F32) z.a = (size_t)(j->mb * j->kb) * 4;
+  int64_t mb = esp_min64((j->m + 31) & ~(int64_t)31, ESP_GEMM_BLAS_ROWS);
+  if (j->a.dtype != ESP_F32) z.a = (size_t)(mb * j->kb) * 4;
   if (j->b.dtype != ESP_F32) z.b = (size_t)(j->nb * j->kb) * 4;
-  z.c = (size_t)(j->mb * j->nb) * 4;
+  z.c = (size_t)(mb * j->nb) * 4;
   for (int i = 0; i < j->n_tails; i++) { /* a tail's two operands side by side */
-    size_t t = (size_t)((j->mb + j->nb) * j->tails[i].k) * 4;
+    size_t t = (size_t)((mb + j->nb) * j->tails[i].k) * 4;
     if (t > z.t) z.t = t;
   }
   return z;

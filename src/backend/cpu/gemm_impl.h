@@ -70,6 +70,10 @@ typedef struct esp_gscratch {
   uint64_t a_tag[4], b_tag[4], t_tag[4];
 } esp_gscratch;
 
+/* Rows of a block in fp32, at most. Scratch is for as many, where there are as many rows: blocks are of equal size, and
+ * those of a larger product may be smaller, but what it takes holds for every smaller one. */
+enum { ESP_GEMM_BLAS_ROWS = 256 };
+
 typedef struct esp_gsizes {
   size_t a, b, t, c, pad;
 } esp_gsizes;
