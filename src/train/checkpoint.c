@@ -57,12 +57,12 @@ static int64_t largest_param(const esp_params *ps) {
 }
 
 /* The largest parameter, and the header of the file with the most tensors: a name and about 100 letters of each, as
- * text that grows by doubling. */
+ * text that grows by doubling, and what the writer knows of each. */
 int64_t esp_checkpoint_bytes(const esp_engine *e) {
   const esp_params *ps = e->adapter->params;
   int64_t files = e->adapter->kind->n_states + optim_states(e), header = 0;
   for (int i = 0; i < ps->count; i++) header += (int64_t)strlen(ps->list[i].name) + 100;
-  return esp_adapter_save_bytes(e->adapter) + 4 * (files > 1 ? files : 1) * header;
+  return esp_adapter_save_bytes(e->adapter) + 5 * (files > 1 ? files : 1) * header;
 }
 
 static char *tensor_name(const esp_engine *e, int which, int i) {

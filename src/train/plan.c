@@ -110,8 +110,7 @@ static esp_status evaluations(esp_engine *e, const esp_train_data *d, const esp_
   return ESP_OK;
 }
 
-/* The step again with the stack at its full height, now as a whole over the first rows: this is also what is counted.
- */
+/* The step again, now as a whole over the first rows: this is also what is counted. */
 static esp_status plan_step(esp_engine *e, const esp_train_data *d, int task, const esp_task_steps *c, esp_rows *rows,
                             double *flops) {
   const esp_recipe *r = e->r;
@@ -159,7 +158,7 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   int64_t writing = esp_checkpoint_bytes(e);
   esp_mem_account(ESP_MEM_HOST, writing);
   esp_mem_account(ESP_MEM_HOST, -writing);
-  /* again over what strategies have come to hold, and over the stack at the height that they need */
+  /* again over what strategies have come to hold */
   if (e->strategies.n == 0 || task + 1 < r->n_tasks) return ESP_OK;
   ESP_TRY(esp_strategies_deploy(&e->strategies, &e->sequence, true));
   ESP_TRY(evaluations(e, d, hooks));
@@ -217,8 +216,7 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
     if (c->max_tokens > p->micro_batch_tokens) p->micro_batch_tokens = c->max_tokens;
     if (i == 0) esp_engine_parameters(&e, &p->trainable, &p->parameters);
   }
-  /* What an evaluation holds for its own time (caches of generation, logits) lies beside a stack at its final height.
-   */
+  /* What an evaluation holds for its own time (caches of generation, logits) lies beside all that tasks have left. */
   ESP_GOTO(evaluations(&e, d, hooks));
   p->flops_per_step = p->steps ? p->flops / (double)p->steps : 0;
   out->stack_bytes = e.stack.high;
@@ -226,6 +224,9 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   snprintf(p->device, sizeof p->device, "%s", e.be->on_host ? "cpu" : "cuda");
   esp_mem_stats s;
   esp_mem_stats_get(&s);
+  /* The run has its stack from the start, at its final height: it is in no book of a plan. */
+  s.peak[ESP_MEM_ACTIVATIONS] += e.stack.high;
+  *(e.be->on_host ? &s.peak_total : &s.peak_device) += e.stack.high;
   bool nccl = comm->size > 1 && !e.be->on_host; /* the plug-in's own segment buffer */
   int64_t reduce = comm->size > 1 && !nccl ? esp_comm_workspace(comm->size, e.adapter->params->total) : 0;
   int64_t snapshot = r->checkpoint.every > 0 ? esp_background_bytes(&e) : 0;

@@ -83,6 +83,7 @@ static void test_strategies(void **state) {
   for (int i = 0; i < n; i++) {
     const esp_strategy_kind *k = esp_strategy_find(names[i]);
     const char *more[3] = {which, "continual.policy=continue", buffer};
+    if (!strcmp(names[i], "ncm")) continue; /* of classes, which the tiny data have not: e2e/run_strategies.sh */
     if (k->flags & ESP_STRATEGY_BANK) more[1] = "continual.policy=new_per_task";
     snprintf(which, sizeof which, "continual.strategy=%s", names[i]);
     snprintf(buffer, sizeof buffer, "seed=3");
