@@ -167,12 +167,14 @@ def compared(a):
     return sweep(a, "three", three_tasks(a, "three"),
                  {"fast": "", "slow-0.9": "continual.strategy=lae; continual.lae.decay=0.9",
                   "slow-0.98": "continual.strategy=lae; continual.lae.decay=0.98",
+                  "both-0.9": "continual.strategy=lae; continual.lae.decay=0.9; continual.lae.ensemble=true",
+                  "both-0.98": "continual.strategy=lae; continual.lae.decay=0.98; continual.lae.ensemble=true",
                   "lambda-0": "adapter.type=o-lora; adapter.orthogonal_lambda=0",
                   "lambda-0.5": "adapter.type=o-lora; adapter.orthogonal_lambda=0.5"})
 
 
 def slow(a):
-    """R27: the slow copy of the adapter against the trained one, which is the naive run's."""
+    """R27: the slow copy of the adapter, and both together, against the trained one, which is the naive run's."""
     runs = {v: rs for v, rs in compared(a).items() if not v.startswith("lambda")}
     lines = []
     for v, rs in runs.items():
@@ -183,7 +185,7 @@ def slow(a):
 
 def orthogonal(a):
     """o-lora: are the subspaces orthogonal, and what is forgotten?"""
-    runs = {v: rs for v, rs in compared(a).items() if not v.startswith("slow")}
+    runs = {v: rs for v, rs in compared(a).items() if not v.startswith(("slow", "both"))}
     lines = []
     for v, rs in runs.items():
         lines.append((v, "-" if v == "fast" else stat((overlap(r.path) for r in rs), 4),

@@ -58,8 +58,9 @@ typedef void (*esp_event_fn)(void *ctx, const esp_event *event);
 typedef struct esp_run_options { /* all zero: the defaults */
   esp_event_fn on_event;
   void *ctx;
-  int overwrite;      /* a finished or unfinished run in the output directory is removed first, else it is an error */
-  int64_t stop_after; /* > 0: as if stopped by a signal after this many steps of the whole run */
+  int overwrite;        /* a finished or unfinished run in the output directory is removed first, else it is an error */
+  int64_t stop_after;   /* > 0: as if stopped by a signal after this many steps of the whole run */
+  const char *ensemble; /* evaluation: a second adapter directory; both answer, by the larger of their probabilities */
 } esp_run_options;
 
 typedef struct esp_run_result {

@@ -7,6 +7,12 @@
 #include "eval/score.h"
 #include "merge/merge.h"
 
+static esp_status use(void *ctx, int i) {
+  const esp_score_request *q = ctx;
+  esp_adapter *one = q->experts ? q->experts[i] : NULL;
+  return one ? esp_adapters_activate(q->model, &one, 1) : esp_strategies_expert(q->strategies, q->sequence, i);
+}
+
 static esp_score_cfg config(const esp_score_request *q) {
   return (esp_score_cfg){.metric = q->set->metric,
                          .limit = q->set->limit,
@@ -16,7 +22,8 @@ static esp_score_cfg config(const esp_score_request *q) {
                          .size = q->comm->size,
                          .strategies = q->strategies,
                          .sequence = q->sequence,
-                         .owner = q->owner};
+                         .owner = q->owner,
+                         .experts = {q->experts ? 2 : esp_strategies_experts(q->strategies), use, (void *)q}};
 }
 
 static esp_status score(void *ctx, const esp_score_request *q, esp_score_result *out) {

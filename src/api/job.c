@@ -159,11 +159,12 @@ static esp_status eval_sets(esp_engine *e, const esp_train_data *d, const esp_ru
 }
 
 /* The stack's size comes from a pass on the counting backend, as in a run. */
-static esp_status eval_pass(const esp_recipe *r, esp_comm *comm, bool counting, const char *adapter,
+static esp_status eval_pass(const esp_recipe *r, esp_comm *comm, bool counting, const char *adapter, const char *second,
                             const esp_train_data *d, const esp_run_options *opt, esp_score *scores, int max,
                             int64_t *stack) {
   esp_engine e = {0};
   esp_status st = esp_engine_init(&e, r, comm, counting);
+  e.second_dir = second;
   if (st == ESP_OK) st = esp_engine_load(&e, r->model.base_model, NULL, adapter, false);
   if (st == ESP_OK) st = esp_engine_stack(&e, *stack);
   if (st == ESP_OK) st = eval_sets(&e, d, opt, scores, max);
@@ -178,16 +179,18 @@ esp_status esp_job_eval(esp_job *job, const char *adapter, const esp_run_options
   esp_status st = ESP_OK;
   esp_train_data d = {0};
   esp_comm *comm = NULL, *self = NULL;
+  const char *second = opt ? opt->ensemble : NULL;
   int64_t stack = 0;
   *n = r->eval.n_sets;
+  if (second && !adapter) return esp_fail(ESP_ERR_RECIPE, "an ensemble is of two adapters: %s, and which?", second);
   if (r->eval.n_sets == 0) return esp_fail(ESP_ERR_RECIPE, "%s: has no evaluation sets (eval.sets)", r->path);
   if (r->parallel.threads > 0) ESP_TRY(esp_threads_init(r->parallel.threads));
   ESP_GOTO(esp_comm_create(r->parallel.comm, &comm));
   ESP_GOTO(esp_comm_create("self", &self));
   ESP_GOTO(esp_comm_agree(comm, esp_train_data_load(r, false, true, &d)));
-  ESP_GOTO(esp_comm_agree(comm, eval_pass(r, self, true, adapter, &d, NULL, scores, 0, &stack)));
+  ESP_GOTO(esp_comm_agree(comm, eval_pass(r, self, true, adapter, second, &d, NULL, scores, 0, &stack)));
   if (stack == 0) stack = 64;
-  ESP_GOTO(eval_pass(r, comm, false, adapter, &d, opt, scores, max, &stack));
+  ESP_GOTO(eval_pass(r, comm, false, adapter, second, &d, opt, scores, max, &stack));
 out:
   esp_train_data_deinit(&d);
   esp_comm_destroy(self);

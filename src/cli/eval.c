@@ -5,6 +5,7 @@
 
 static const cli_option options[] = {
     {"adapter", "DIR", 'a', false, "PEFT adapter directory; without it the base is measured"},
+    {"ensemble", "DIR", 'e', false, "a second adapter: the larger of the probabilities of both counts (LAE)"},
     {"threads", "N", 't', false, "threads of this process (parallel.threads)"},
     {"device", "NAME", 'd', false, "auto, cpu, cuda or cuda:N (parallel.device)"},
     {"set", "KEY=VALUE", 0, false, "override a value of the recipe; as a plain argument too"},
@@ -15,7 +16,7 @@ static int eval(cli_args *a) {
   esp_job *job;
   int code, n = 0;
   if (!cli_open_job(a, &job, &code)) return code;
-  esp_run_options o = {0};
+  esp_run_options o = {.ensemble = cli_value(a, "ensemble")};
   cli_catch_signals();
   esp_status st = esp_job_eval(job, cli_value(a, "adapter"), &o, scores, 256, &n);
   if (st == ESP_OK)

@@ -61,12 +61,12 @@ static int32_t sample(const float *logits, int64_t vocab, const esp_gen_cfg *cfg
 
 typedef struct state { /* of one call */
   int32_t *ids, *positions, *targets, *cu, *next;
-  float *weights, *logits;
+  float *weights, *logits, *second; /* second: of the other expert */
   candidate *work;
   bool *done;
 } state;
 
-static esp_status state_init(state *s, int64_t tokens, int n, int64_t vocab, bool sampled) {
+static esp_status state_init(state *s, int64_t tokens, int n, int64_t vocab, bool sampled, bool two) {
   memset(s, 0, sizeof *s);
   s->ids = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)tokens * 4);
   s->positions = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)tokens * 4);
@@ -76,15 +76,16 @@ static esp_status state_init(state *s, int64_t tokens, int n, int64_t vocab, boo
   s->next = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)n * 4);
   s->done = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)n);
   s->logits = esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)n * (size_t)vocab * 4);
+  s->second = two ? esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)n * (size_t)vocab * 4) : NULL;
   s->work = sampled ? esp_mem_alloc(ESP_MEM_WORKSPACE, (size_t)vocab * sizeof *s->work) : NULL;
   if (!s->ids || !s->positions || !s->targets || !s->weights || !s->cu || !s->next || !s->done || !s->logits ||
-      (sampled && !s->work))
+      (sampled && !s->work) || (two && !s->second))
     return ESP_ERR_MEMORY;
   return ESP_OK;
 }
 
 static void state_deinit(state *s) {
-  void *all[] = {s->ids, s->positions, s->targets, s->weights, s->cu, s->next, s->done, s->logits, s->work};
+  void *all[] = {s->ids, s->positions, s->targets, s->weights, s->cu, s->next, s->done, s->logits, s->second, s->work};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) esp_mem_free(all[i]);
 }
 
@@ -94,13 +95,30 @@ static bool is_stop(const esp_gen_cfg *cfg, int32_t id) {
   return false;
 }
 
+/* The next logits: of the prompts, or of what came last. With two experts each has its own cache, and both get the
+ * token that they chose together. */
+static esp_status next(esp_model *m, esp_stack *stack, esp_kv *const kv[2], const esp_batch *prompts,
+                       const esp_gen_cfg *cfg, state *s, int n) {
+  int64_t vocab = esp_model_describe(m)->vocab;
+  for (int e = 0; e < 2 && kv[e]; e++) {
+    float *logits = e ? s->second : s->logits;
+    if (e) ESP_TRY(cfg->experts->use(cfg->experts->ctx, e));
+    ESP_TRY(prompts ? esp_model_prefill(m, stack, kv[e], prompts, logits)
+                    : esp_model_decode(m, stack, kv[e], s->next, logits));
+  }
+  if (!kv[1]) return ESP_OK;
+  for (int i = 0; i < n && !esp_backend_counts(esp_model_backend(m)); i++)
+    esp_join_logits(s->logits + i * vocab, s->second + i * vocab, vocab);
+  return cfg->experts->use(cfg->experts->ctx, 0);
+}
+
 esp_status esp_generate(esp_model *m, esp_stack *stack, const esp_ids *prompts, int n, const esp_gen_cfg *cfg,
                         esp_ids *out) {
   esp_status st = ESP_OK;
-  esp_kv *kv = NULL;
+  esp_kv *kv[2] = {NULL, NULL};
   state s = {0};
   const esp_model_desc *d = esp_model_describe(m);
-  bool counting = esp_backend_counts(esp_model_backend(m));
+  bool counting = esp_backend_counts(esp_model_backend(m)), two = cfg->experts && cfg->experts->n > 1;
   int64_t tokens = 0, longest = 0, front = esp_model_virtual_tokens(m);
   for (int i = 0; i < n; i++) {
     if (prompts[i].n == 0) return esp_fail(ESP_ERR_DATA, "prompt %d is empty", i + 1);
@@ -111,8 +129,8 @@ esp_status esp_generate(esp_model *m, esp_stack *stack, const esp_ids *prompts, 
     longest = prompts[i].n > longest ? prompts[i].n : longest;
   }
   if (n == 0 || cfg->max_new_tokens <= 0) return ESP_OK;
-  ESP_GOTO(state_init(&s, tokens, n, d->vocab, cfg->temperature > 0));
-  ESP_GOTO(esp_kv_create(m, n, longest + cfg->max_new_tokens, &kv));
+  ESP_GOTO(state_init(&s, tokens, n, d->vocab, cfg->temperature > 0, two));
+  for (int e = 0; e < 1 + two; e++) ESP_GOTO(esp_kv_create(m, n, longest + cfg->max_new_tokens, &kv[e]));
   int64_t at = 0;
   for (int i = 0; i < n; i++) {
     s.cu[i] = (int32_t)at;
@@ -132,7 +150,7 @@ esp_status esp_generate(esp_model *m, esp_stack *stack, const esp_ids *prompts, 
                      .adapters = cfg->adapters,
                      .shares = cfg->shares,
                      .n_shares = cfg->n_shares};
-  ESP_GOTO(esp_model_prefill(m, stack, kv, &batch, s.logits));
+  ESP_GOTO(next(m, stack, kv, &batch, cfg, &s, n));
   int open = n;
   for (int64_t k = 0; k < cfg->max_new_tokens && open > 0; k++) {
     for (int i = 0; i < n; i++) {
@@ -147,10 +165,11 @@ esp_status esp_generate(esp_model *m, esp_stack *stack, const esp_ids *prompts, 
       if (stop) s.done[i] = true, open--;
     }
     if (counting && k == 1) break; /* the next ones need what this one did */
-    if (open > 0 && k + 1 < cfg->max_new_tokens) ESP_GOTO(esp_model_decode(m, stack, kv, s.next, s.logits));
+    if (open > 0 && k + 1 < cfg->max_new_tokens) ESP_GOTO(next(m, stack, kv, NULL, cfg, &s, n));
   }
 out:
-  esp_kv_destroy(kv);
+  esp_kv_destroy(kv[0]);
+  esp_kv_destroy(kv[1]);
   state_deinit(&s);
   return st;
 }

@@ -2,6 +2,7 @@
 #ifndef ESP_EVAL_GENERATE_H
 #define ESP_EVAL_GENERATE_H
 
+#include "eval/experts.h"
 #include "model/model.h"
 #include "text/tokenizer.h"
 
@@ -18,6 +19,7 @@ typedef struct esp_gen_cfg {
   const int32_t *adapters; /* per prompt, as in esp_batch; NULL: every active adapter on all */
   const float *shares;     /* the same */
   int n_shares;
+  const esp_experts *experts; /* NULL: one */
 } esp_gen_cfg;
 
 /* Completes n prompts in one batch; out[i] must be empty and receives the new ids. A draw is a function of (seed, row,

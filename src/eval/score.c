@@ -51,25 +51,42 @@ out:
   return st;
 }
 
-/* Sequence k of the batch holds sample pending[k / labels] with label k % labels. */
-static void count_choices(const esp_batcher *b, const esp_dataset *d, const int64_t *pending, int labels,
-                          esp_score_sums *out) {
-  for (int k = 0; k < b->seqs; k += labels) {
-    int best = 0;
-    double best_sum = -INFINITY;
-    for (int label = 0; label < labels; label++) {
-      double sum = 0;
-      for (int32_t t = b->cu[k + label]; t < b->cu[k + label + 1]; t++)
-        if (b->weights[t] != 0) sum += b->logprob[t];
-      if (sum > best_sum) {
-        best_sum = sum;
-        best = label;
-      }
+/* How much each sequence of the batch speaks for its label: sum of log p, or, of two experts, the larger of the
+ * logarithms of its share among the `labels` sequences of its sample. */
+static esp_status weigh(esp_batcher *b, esp_model *m, esp_stack *stack, const esp_score_cfg *cfg, int labels,
+                        double *like) {
+  const esp_experts *x = &cfg->experts;
+  double *one = like + b->seqs;
+  esp_loss_out loss;
+  for (int e = 0; e < (x->n > 1 ? 2 : 1); e++) {
+    if (e) ESP_TRY(x->use(x->ctx, e));
+    ESP_TRY(esp_batcher_flush(b, m, stack, cfg, &loss));
+    for (int k = 0; k < b->seqs; k++) {
+      one[k] = 0;
+      for (int32_t t = b->cu[k]; t < b->cu[k + 1]; t++)
+        if (b->weights[t] != 0) one[k] += b->logprob[t];
     }
+    for (int k = 0; x->n > 1 && k < b->seqs; k += labels) esp_log_softmax(one + k, labels);
+    for (int k = 0; k < b->seqs; k++) like[k] = e ? fmax(like[k], one[k]) : one[k];
+  }
+  return x->n > 1 ? x->use(x->ctx, 0) : ESP_OK;
+}
+
+/* Sequence k of the batch holds sample pending[k / labels] with label k % labels. */
+static esp_status count_choices(esp_batcher *b, esp_model *m, esp_stack *stack, const esp_score_cfg *cfg,
+                                const esp_dataset *d, const int64_t *pending, int labels, esp_score_sums *out) {
+  double *like = esp_mem_alloc(ESP_MEM_DATA, (size_t)(2 * b->seqs) * sizeof *like);
+  esp_status st = like ? weigh(b, m, stack, cfg, labels, like) : ESP_ERR_MEMORY;
+  for (int k = 0; st == ESP_OK && k < b->seqs; k += labels) {
+    int best = 0;
+    for (int label = 1; label < labels; label++)
+      if (like[k + label] > like[k + best]) best = label;
     out->num += best == esp_dataset_label(d, pending[k / labels]);
     out->den++;
     out->samples++;
   }
+  esp_mem_free(like);
+  return st;
 }
 
 static esp_status choice(esp_model *m, const esp_dataset *d, esp_stack *stack, const esp_score_cfg *cfg,
@@ -96,9 +113,7 @@ static esp_status choice(esp_model *m, const esp_dataset *d, esp_stack *stack, c
       prompt = esp_dataset_prompt_len(d, i);
     }
     if (b.tokens > 0 && (i >= n || b.tokens + labels * prompt + label_tokens > cfg->batch_tokens)) {
-      esp_loss_out loss;
-      ESP_GOTO(esp_batcher_flush(&b, m, stack, cfg, &loss));
-      count_choices(&b, d, pending, labels, out);
+      ESP_GOTO(count_choices(&b, m, stack, cfg, d, pending, labels, out));
       esp_batcher_clear(&b);
       pending_n = 0;
     }
@@ -118,7 +133,7 @@ esp_status esp_score_run(esp_model *m, const esp_tokenizer *tok, const esp_datas
   *out = (esp_score_sums){0};
   switch (cfg->metric) {
   case ESP_METRIC_PERPLEXITY:
-    return perplexity(m, d, stack, cfg, out);
+    return cfg->experts.n > 1 ? esp_score_base(m, d, stack, cfg, out) : perplexity(m, d, stack, cfg, out);
   case ESP_METRIC_CHOICE:
     return choice(m, d, stack, cfg, out);
   case ESP_METRIC_BASE_XENT:

@@ -4,6 +4,7 @@
 #define ESP_EVAL_SCORE_H
 
 #include "core/strbuf.h"
+#include "eval/experts.h"
 #include "model/model.h"
 #include "recipe/recipe.h"
 #include "text/dataset.h"
@@ -17,6 +18,7 @@ typedef struct esp_score_cfg {
   esp_strategies *strategies; /* esp_strategies_choose is asked for each batch; NULL: nobody */
   const esp_sequence *sequence;
   int owner;
+  esp_experts experts; /* of choice, perplexity and what is generated */
 } esp_score_cfg;
 
 typedef struct esp_score_sums { /* add element by element over ranks */
@@ -27,10 +29,12 @@ typedef struct esp_score_sums { /* add element by element over ranks */
 /* perplexity: exp(num/den), num = sum of weight * nll, den = sum of weights, over trained tokens.
  * choice: share of samples whose own label has the largest sum of log p(label tokens | prompt), terminator included.
  * exact_match: share of greedy completions equal to the reference after trimming white space.
- * Where the set is one of labels, generated answers that are none of them (white space aside) are counted as malformed:
- * a wrong answer says what a model does not know, a malformed one only that it no longer answers in this form (SEFE
- * calls that superficial forgetting). base_xent, base_kl: mean over trained tokens, in nats, of H(p_base, p) = -sum_v
- * p_base(v) log p(v) and of H(p_base, p) - H(p_base): what the adapter does to predictions on text that need not have a
+ * Two experts: choice takes the larger of their shares softmax_label(sum of log p), perplexity and generation the
+ * larger probability of each token (esp_joined_loss); the distances from the base are those of the first. Where the set
+ * is one of labels, generated answers that are none of them (white space aside) are counted as malformed: a wrong
+ * answer says what a model does not know, a malformed one only that it no longer answers in this form (SEFE calls that
+ * superficial forgetting). base_xent, base_kl: mean over trained tokens, in nats, of H(p_base, p) = -sum_v p_base(v)
+ * log p(v) and of H(p_base, p) - H(p_base): what the adapter does to predictions on text that need not have a
  * reference. rouge_l: mean F1 of the longest common subsequence of lower-cased words (Lin 2004, beta = 1). */
 esp_status esp_score_run(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
                          const esp_score_cfg *cfg, esp_score_sums *out);

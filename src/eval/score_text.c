@@ -93,7 +93,7 @@ static esp_status complete(esp_model *m, const esp_tokenizer *tok, const esp_dat
   int n_stop = 0;
   for (int i = 0; i < desc->n_eos; i++) stop[n_stop++] = desc->eos[i];
   if (esp_tokenizer_eos(tok) >= 0) stop[n_stop++] = esp_tokenizer_eos(tok);
-  esp_gen_cfg gen = {.max_new_tokens = cfg->max_new_tokens, .stop = stop, .n_stop = n_stop};
+  esp_gen_cfg gen = {.max_new_tokens = cfg->max_new_tokens, .stop = stop, .n_stop = n_stop, .experts = &cfg->experts};
   ESP_TRY(choose(cfg, prompts, n, &gen));
   return esp_generate(m, stack, prompts, n, &gen, answers);
 }

@@ -99,6 +99,9 @@ STRATEGY(gere, "Strategy gere: general texts are trained beside every step and h
 static const esp_key lae_keys[] = {
     {"decay", ESP_T_NUMBER, AT(continual.strategy.lae.decay), .def = "0.9999", .flags = ESP_K_BELOW_MAX, RANGE(0, 1),
      .help = "share of the slow values that a step keeps"},
+    {"ensemble", ESP_T_BOOL, AT(continual.strategy.lae.ensemble), .def = "false",
+     .help =
+         "evaluations take the larger of the probabilities of both, and the trained adapter is saved as well (fast/)"},
 };
 STRATEGY(lae, "Strategy lae: a slow copy of the adapter follows the trained one and is deployed.");
 

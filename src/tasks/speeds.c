@@ -2,8 +2,8 @@
  * and saved. With theta fast and phi slow, after each optimizer step:
  *
  * lae: Gao et al., "A Unified Continual Learning Framework with General Parameter-Efficient Tuning" (2023): phi = theta
- *   at the end of the first task, then phi <- a phi + (1-a) theta. Of its two experts the slow one is deployed: their
- *   ensemble at inference is not a set of values.
+ *   at the end of the first task, then phi <- a phi + (1-a) theta. The slow expert is deployed, or both answer together
+ *   by the element-wise maximum of their probabilities (eval/experts.h).
  * ilora: Ren et al., "Analyzing and Reducing Catastrophic Forgetting in Parameter Efficient Tuning" (2024):
  *   phi <- a_t phi + (1 - a_t) theta with a_t = min(a, 1 - 1/(t+1)); rows of earlier tasks are replayed, and on them
  * the final hidden states are held where they fell below those of phi (elements h < h_slow: gamma (h - h_slow)^2).
@@ -67,6 +67,16 @@ static esp_status lae_end(esp_strategy *s, const esp_sequence *q) {
   return exists(s, "slow") ? ESP_OK : start_slow(s, q);
 }
 
+static int lae_experts(const esp_strategy *s) {
+  return s->cfg->lae.ensemble && exists(s, "slow") ? 2 : 1;
+}
+
+/* The values that are not in force lie where the slow ones were. */
+static esp_status lae_expert(esp_strategy *s, const esp_sequence *q, int i) {
+  (void)i; /* there are two, asked for in turn */
+  return deploy(s, q, true);
+}
+
 const esp_strategy_kind esp_strategy_lae = {
     .name = "lae",
     .summary = "a slow copy of the adapter follows from the first task's end on and is deployed: "
@@ -76,6 +86,8 @@ const esp_strategy_kind esp_strategy_lae = {
     .after_step = lae_step,
     .task_end = lae_end,
     .deploy = deploy,
+    .experts = lae_experts,
+    .expert = lae_expert,
 };
 
 /* ---- ilora ---- */

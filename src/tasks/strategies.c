@@ -197,6 +197,18 @@ esp_status esp_strategies_choose(esp_strategies *set, const esp_sequence *q, int
   EACH(set, choose, q, owner, prompt, b);
 }
 
+int esp_strategies_experts(const esp_strategies *set) {
+  for (int i = 0; set && set->deployed && i < set->n; i++)
+    if (set->list[i].kind->experts) return set->list[i].kind->experts(&set->list[i]);
+  return 1;
+}
+
+esp_status esp_strategies_expert(esp_strategies *set, const esp_sequence *q, int number) {
+  if (set->expert == number) return ESP_OK;
+  set->expert = number;
+  EACH(set, expert, q, number);
+}
+
 static esp_strategy *answering(const esp_strategies *set, const char *const *labels, int n) {
   for (int i = 0; set && set->deployed && i < set->n; i++) {
     esp_strategy *s = &set->list[i];

@@ -59,6 +59,7 @@ typedef struct esp_strategy_cfg {
   } gere;
   struct {
     double decay; /* a of phi <- a phi + (1-a) theta */
+    bool ensemble;
   } lae;
   struct {
     double decay, gamma; /* gamma: weight of the hidden states' distance */
@@ -218,6 +219,11 @@ typedef struct esp_strategy_kind {
    * the rows belong to, -1: none; only an oracle reads it. */
   esp_status (*choose)(esp_strategy *s, const esp_sequence *q, int owner, const int32_t *prompt, esp_batch *b);
 
+  /* While deployed: how many sets of values answer together (1 or 2), and which is in force: number 0 is what deploy
+   * has put there. */
+  int (*experts)(const esp_strategy *s);
+  esp_status (*expert)(esp_strategy *s, const esp_sequence *q, int i);
+
   /* While deployed: whether it answers rows of a set of labels itself, and the answers, from the first prompt[i] tokens
    * of each sequence alone: out[i] is a label's text that lives until the next call. */
   bool (*answers)(const esp_strategy *s, const char *const *labels, int n);
@@ -332,6 +338,7 @@ typedef struct esp_strategies {
   esp_strategy *list;
   int n;
   bool deployed;
+  int expert; /* in force */
 } esp_strategies;
 /* n == 0 makes an empty set; every function below accepts it. cfg must outlive the set. */
 esp_status esp_strategies_create(const esp_strategy_cfg *cfg, esp_backend *be, esp_strategies *out);
@@ -351,6 +358,9 @@ esp_status esp_strategies_deploy(esp_strategies *s, const esp_sequence *q, bool 
 /* Nothing unless deployed and a strategy chooses. */
 esp_status esp_strategies_choose(esp_strategies *s, const esp_sequence *q, int owner, const int32_t *prompt,
                                  esp_batch *b);
+/* 1 unless deployed and a strategy has two. */
+int esp_strategies_experts(const esp_strategies *s);
+esp_status esp_strategies_expert(esp_strategies *s, const esp_sequence *q, int i);
 /* Whether a strategy answers rows of a set of these labels itself (never unless deployed; s may be NULL), and the
  * answers. */
 bool esp_strategies_answers(const esp_strategies *s, const char *const *labels, int n);

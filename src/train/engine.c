@@ -38,9 +38,11 @@ void esp_engine_unload(esp_engine *e) {
   for (int i = 0; e->bank && e->bank[i] && e->bank[i] != e->adapter; i++) esp_adapter_destroy(e->bank[i]);
   esp_mem_free(e->bank);
   esp_adapter_destroy(e->adapter);
+  esp_adapter_destroy(e->experts[1]);
   esp_model_close(e->model);
   e->optim = NULL;
   e->adapter = NULL;
+  e->experts[0] = e->experts[1] = NULL;
   e->model = NULL;
   e->bank = NULL;
 }
@@ -110,6 +112,8 @@ esp_status esp_engine_load(esp_engine *e, const char *base, const esp_adapter_cf
     ESP_TRY(esp_adapter_load(e->model, adapter_dir, "default", trainable, &e->adapter));
   else if (cfg)
     ESP_TRY(adapter_create(e, base, cfg, trainable));
+  if (e->second_dir) ESP_TRY(esp_adapter_load(e->model, e->second_dir, "second", false, &e->experts[1]));
+  e->experts[0] = e->adapter;
   ESP_TRY(activate(e));
   ESP_TRY(esp_model_load_weights(e->model));
   ESP_TRY(esp_backend_sync(e->be));
@@ -182,7 +186,8 @@ esp_score_request esp_engine_request(esp_engine *e, const esp_train_data *d, int
                          .comm = e->comm,
                          .strategies = &e->strategies,
                          .sequence = &e->sequence,
-                         .owner = -1};
+                         .owner = -1,
+                         .experts = e->experts[1] ? e->experts : NULL};
   for (int t = r->n_tasks - 1; t >= 0; t--)
     for (int k = 0; k < r->tasks[t].n_eval; k++)
       if (r->tasks[t].eval[k] == i) q.owner = t;

@@ -301,6 +301,16 @@ static esp_status next_task(esp_loop *l, int task) {
   return checkpoint(l, false);
 }
 
+/* The other of two experts, beside the one that is deployed. */
+static esp_status save_second(esp_loop *l, const char *task) {
+  char path[ESP_PATH];
+  esp_strategies *s = &l->engine.strategies;
+  if (esp_strategies_experts(s) < 2) return ESP_OK;
+  ESP_TRY(esp_strategies_expert(s, &l->engine.sequence, 1));
+  ESP_TRY(esp_loop_save_adapter(l, "fast", task, path));
+  return esp_strategies_expert(s, &l->engine.sequence, 0);
+}
+
 /* Adapter, scores, and what comes then. */
 static esp_status end_task(esp_loop *l, int task) {
   const esp_recipe_task *t = &l->r->tasks[task];
@@ -312,6 +322,7 @@ static esp_status end_task(esp_loop *l, int task) {
   ESP_TRY(esp_strategies_deploy(s, &l->engine.sequence, true));
   ESP_TRY(esp_comm_agree(l->comm, l->comm->rank == 0 ? finish_background(l) : ESP_OK));
   ESP_TRY(esp_loop_save_adapter(l, "adapters", t->name, path));
+  ESP_TRY(save_second(l, t->name));
   bool last = task + 1 == l->r->n_tasks;
   int row = last && l->matrix ? l->matrix->tasks : task + 1;
   ESP_TRY(esp_loop_matrix_row(l, row));

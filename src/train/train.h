@@ -25,6 +25,8 @@ typedef struct esp_score_request {
   esp_strategies *strategies; /* which may choose an adapter for each row; NULL: none */
   const esp_sequence *sequence;
   int owner; /* the task whose set it is, -1: none */
+  /* Two adapters that answer together, the first of them active; NULL: what the strategies say. */
+  esp_adapter *const *experts;
 } esp_score_request;
 
 typedef struct esp_score_result {
@@ -84,6 +86,8 @@ typedef struct esp_engine {
   /* Adapters of earlier tasks, frozen, and `adapter` behind them: see esp_engine_load. */
   esp_adapter **bank;
   int n_earlier;
+  const char *second_dir; /* of an adapter that answers together with `adapter`: experts [2]; NULL: none */
+  esp_adapter *experts[2];
   esp_optim *optim;
   esp_stack stack;
   bool stack_ready;

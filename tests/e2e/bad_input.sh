@@ -408,6 +408,8 @@ bad "nothing to be taught" 2 "continual.lwf.kl: nothing is taught" $no run r.yam
 bad "a slow copy that never moves" 2 "continual.lae.decay: 1 is out of range" $no run r.yaml continual.lae.decay=1
 bad "lae with one task" 2 "continual.strategy: lae has nothing to do with one task" $no run r.yaml continual.strategy=lae
 bad "ilora with half a sample" 2 "continual.ilora.buffer: must be a whole number of samples or a share, is 1.5" $no run r.yaml continual.strategy=ilora continual.ilora.buffer=1.5
+bad "an ensemble of one" 2 "an ensemble is of two adapters: run/adapters/a, and which\?" $no eval r.yaml -e run/adapters/a
+bad "an ensemble with nothing" 3 "nowhere" $no eval r.yaml -a $ad -e nowhere
 bad "mos with one task" 2 "continual.strategy: mos has nothing to do with one task" $no run r.yaml continual.strategy=mos
 bad "two slow copies" 2 "coin_ema and lae both decide which values are measured and saved" "sed -i 's/^tasks:/tasks:\n  - {name: b, data: [{path: a.jsonl}], eval: a}/' r.yaml" run r.yaml 'continual.strategy=[coin_ema, lae]'
 bad "answers to one task" 2 "continual.strategy: seqkd has nothing to do with one task" $no run r.yaml continual.strategy=seqkd

@@ -6,7 +6,7 @@
 #include "strategy_fixture.h"
 
 static const char *const ncm[] = {"ncm"};
-enum { WIDTH = 32, CLASSES = 7, TASKS = 3 };
+enum { WIDTH = 32, CLASSES = 7, TASKS = 3, ROWS = 24 };
 static const char *const label_of[TASKS][3] = {
     {"cold", "warm", NULL}, {"loud", "soft", "warm"}, {"often", "rare", NULL}};
 static const int labels_of[TASKS] = {2, 3, 2}, first_of[TASKS] = {0, 2, 5};
@@ -18,7 +18,7 @@ static void write_tasks(void) {
   for (int t = 0; t < 2; t++) {
     char rows[8192], name[32];
     size_t n = 0;
-    for (int i = 0; i < 3 * SF_SAMPLES; i++) {
+    for (int i = 0; i < ROWS; i++) {
       int k = i % labels_of[t];
       n += (size_t)snprintf(rows + n, sizeof rows - n, "{\"text\":\"%s %d, %s\",\"label\":\"%s\"}\n", about[t][k],
                             i * 7 % 50, i % 5 ? "green" : "two grey",
@@ -47,11 +47,15 @@ static const char *const *labels(const sf *f, int t, int *n) {
   return names;
 }
 
-/* The mean final state of a row's prompt alone, the adapter off. */
+/* The mean final state of a row's prompt alone, the adapter off: computed once. */
 static void feature(sf *f, int t, int64_t i, double out[WIDTH]) {
+  static double known[TASKS][ROWS][WIDTH];
+  static bool there[TASKS][ROWS];
   const int32_t *ids;
   const float *w;
   int64_t n;
+  memcpy(out, known[t][i], sizeof known[t][i]);
+  if (there[t][i]) return;
   esp_dataset_sample(f->data[t], i, &ids, &w, &n);
   n = esp_dataset_prompt_len(f->data[t], i);
   int32_t cu[2] = {0, (int32_t)n}, off = -1, positions[64], zeros[64] = {0};
@@ -72,6 +76,8 @@ static void feature(sf *f, int t, int64_t i, double out[WIDTH]) {
     out[j] = 0;
     for (int64_t k = 0; k < n; k++) out[j] += (double)host[k * WIDTH + j] / (double)n;
   }
+  memcpy(known[t][i], out, sizeof known[t][i]);
+  there[t][i] = true;
   free(host);
   f->r.be->ops->free(f->r.be, x.data);
 }
@@ -122,8 +128,8 @@ static double nearest(const reference *r, const double x[WIDTH], bool cosine, in
 /* Every row of every task as a batch, answered. */
 static void ask(sf *f, int t, int of, const char **out) {
   esp_rows rows = {0};
-  esp_sample s[3 * SF_SAMPLES];
-  int32_t prompt[3 * SF_SAMPLES];
+  esp_sample s[ROWS];
+  int32_t prompt[ROWS];
   int n = (int)esp_dataset_count(f->data[t]), words;
   const char *const *names = labels(f, of, &words);
   for (int i = 0; i < n; i++) s[i] = (esp_sample){t, i}, prompt[i] = (int32_t)esp_dataset_prompt_len(f->data[t], i);
@@ -137,6 +143,7 @@ static void ask(sf *f, int t, int of, const char **out) {
 static void exact(void **state) {
   for (int k = 0; k < 4; k++) {
     bool cosine = k % 2, seen = k / 2;
+    if (test_quick() && (k == 1 || k == 2)) continue;
     sf f;
     reference r;
     int close = 0, different = 0;
@@ -145,7 +152,7 @@ static void exact(void **state) {
     for (int t = 0; t < TASKS; t++) sf_task(&f, t), sf_end(&f);
     OK(esp_strategies_deploy(&f.set, &f.q, true));
     for (int t = 0; t < TASKS; t++) {
-      const char *got[3 * SF_SAMPLES], *want = NULL;
+      const char *got[ROWS], *want = NULL;
       ask(&f, t, t, got);
       for (int64_t i = 0; i < esp_dataset_count(f.data[t]); i++) {
         double x[WIDTH];
@@ -184,9 +191,9 @@ static void leaves(void **state) {
     assert_true(esp_strategies_answers(&f.set, labels(&f, 1, &n), labels_of[1])); /* "warm" */
     assert_int_equal(esp_strategies_answers(&f.set, labels(&f, 2, &n), labels_of[2]), seen);
     assert_false(esp_strategies_answers(NULL, labels(&f, 0, &n), labels_of[0]));
-    const char *got[3 * SF_SAMPLES];
+    const char *got[ROWS];
     ask(&f, 1, 1, got);
-    for (int i = 0; i < 3 * SF_SAMPLES; i++) assert_true(seen || !strcmp(got[i], "warm"));
+    for (int i = 0; i < ROWS; i++) assert_true(seen || !strcmp(got[i], "warm"));
     sf_close(&f);
   }
 }
@@ -198,7 +205,7 @@ static void scored(void **state) {
   for (int t = 0; t < TASKS; t++) sf_task(&f, t), sf_end(&f);
   OK(esp_strategies_deploy(&f.set, &f.q, true));
   for (int t = 0; t < TASKS; t++) {
-    const char *got[3 * SF_SAMPLES];
+    const char *got[ROWS];
     int n = (int)esp_dataset_count(f.data[t]), right = 0;
     ask(&f, t, t, got);
     for (int i = 0; i < n; i++) right += !strcmp(got[i], label_of[t][esp_dataset_label(f.data[t], i)]);
@@ -249,7 +256,7 @@ static void resumed(void **state) {
   assert_true(esp_strategies_bytes(&f.set, 0, &f.q) > 5 * WIDTH * 8 &&
               esp_strategies_bytes(&f.set, 0, &f.q) == esp_strategies_bytes(&g.set, 0, &g.q));
   sf *both[2] = {&f, &g};
-  const char *got[2][3 * SF_SAMPLES];
+  const char *got[2][ROWS];
   for (int k = 0; k < 2; k++) {
     sf_task(both[k], 2), sf_end(both[k]);
     OK(esp_strategies_deploy(&both[k]->set, &both[k]->q, true));
