@@ -259,6 +259,9 @@ typedef struct esp_adapter_kind {
   /* The exact low-rank form, where there is one: A [r,in], B [out,r] fp32 host with delta = B A (scale folded in B).
    * Returns r, writes when a/b not NULL. NULL function: none. */
   int64_t (*low_rank)(esp_adapter *a, esp_site *s, float *A, float *B);
+  /* Optional: the change of a linear site becomes B A, A [r, in] and B [out, r], r at most the site's rank. What is
+   * left of the rank keeps its A and starts at B = 0, so that it can be trained. */
+  esp_status (*start_from)(esp_adapter *a, esp_site *s, int64_t r, const float *A, const float *B);
   /* Optional, of kinds that are not mergeable: factors near the change on data like those it was trained on, as in
    * low_rank; error: share of the change that they miss. 0: the rank; -1: none, with the reason as the error. */
   int64_t (*near_low_rank)(esp_adapter *a, esp_site *s, float *A, float *B, double *error);

@@ -344,6 +344,29 @@ static bool lora_factors(const esp_adapter *a, const esp_site *s, int *A, int *B
   return true;
 }
 
+/* The scale is shared by both factors, which stay of equal size. */
+static esp_status lora_start_from(esp_adapter *a, esp_site *s, int64_t r, const float *A, const float *B) {
+  const esp_lora_site *ls = a->site_state[s->index];
+  if (r > ls->r || !(ls->s > 0))
+    return esp_fail(ESP_ERR_RECIPE, "%s: a change of rank %lld does not fit rank %lld and scale %g", s->path,
+                    (long long)r, (long long)ls->r, (double)ls->s);
+  float root = sqrtf(ls->s), *ha = esp_param_host(a, ls->a);
+  float *hb = esp_mem_alloc(ESP_MEM_HOST, (size_t)(s->out * ls->r) * sizeof *hb);
+  esp_status st = ha && hb ? ESP_OK : ESP_ERR_MEMORY;
+  for (int64_t k = 0; st == ESP_OK && k < r; k++) {
+    bool any = false;
+    for (int64_t o = 0; o < s->out; o++) any |= (hb[o * ls->r + k] = B[o * r + k] / root) != 0;
+    for (int64_t i = 0; any && i < s->in; i++) ha[k * s->in + i] = A[k * s->in + i] / root;
+  }
+  if (st == ESP_OK) {
+    esp_params_set(a->params, ls->a, ha);
+    esp_params_set(a->params, ls->b, hb);
+  }
+  esp_mem_free(ha);
+  esp_mem_free(hb);
+  return st;
+}
+
 static bool lora_wants_output(const esp_adapter *a) {
   return a->cfg.lora_bias;
 }
@@ -396,4 +419,5 @@ const esp_adapter_kind esp_kind_lora = {
     .materialise_bias = lora_materialise_bias,
     .factors = lora_factors,
     .low_rank = lora_low_rank,
+    .start_from = lora_start_from,
 };

@@ -106,4 +106,5 @@ const esp_train_hooks esp_api_hooks = {.score = score,
                                        .metric_name = esp_metric_name,
                                        .smaller_better = esp_metric_smaller_better,
                                        .generate = generate,
-                                       .merge = merge};
+                                       .merge = merge,
+                                       .merge_before = esp_api_merge_before};

@@ -59,6 +59,7 @@ typedef struct combiner {
   esp_method m;
   esp_merge_inputs in;
   esp_svd_stats *stats;
+  int64_t rank;                                /* at most, at the present site; 0: what the type gives */
   esp_site *site;                              /* that is read */
   double own_squares, squares[ESP_MERGE_MOST]; /* of OPCM */
 } combiner;
@@ -78,6 +79,12 @@ const char *const *esp_combine_names(int *n) {
   for (int i = 0; i < methods && *n < MOST_NAMES; i++)
     if (!find(list[i])) names[(*n)++] = list[i];
   return names;
+}
+
+bool esp_combine_by_factors(const char *name, bool *same_rank) {
+  const combination *c = find(name);
+  *same_rank = c && c->form == TIES;
+  return c && c->form != DENSE;
 }
 
 /* The entries of one factor that stay. */
@@ -189,10 +196,10 @@ static esp_status combine_sum(combiner *c, esp_site *s, int64_t ranks, esp_facto
     at += one.rank;
     drop(&one);
   }
-  if (c->form == CAT && c->spec->rank == 0)
+  if (c->form == CAT && c->rank == 0)
     esp_factors_count(c->stats, 0);
   else
-    st = esp_factors_reduce(f, c->spec->rank, c->stats);
+    st = esp_factors_reduce(f, c->rank, c->stats);
 out:
   drop(&one);
   return st;
@@ -221,13 +228,22 @@ static esp_status combine_ties(combiner *c, esp_site *s, esp_factors *f) {
   ESP_GOTO(esp_factors_init(f, s, all[0].rank));
   esp_elect(&c->m.election, a, wa, n, f->rank * s->in, f->a);
   esp_elect(&c->m.election, b, wb, n, f->rank * s->out, f->b);
-  if (c->spec->rank > 0)
-    st = esp_factors_reduce(f, c->spec->rank, c->stats);
+  if (c->rank > 0)
+    st = esp_factors_reduce(f, c->rank, c->stats);
   else
     esp_factors_count(c->stats, 0);
 out:
   for (int i = 0; i < n; i++) drop(&all[i]);
   return st;
+}
+
+static esp_status limit_rank(combiner *c, const esp_site *s) {
+  c->rank = c->spec->rank;
+  if (!c->spec->rank_at) return ESP_OK;
+  int64_t most = c->spec->rank_at(c->spec->ctx, s->path);
+  if (most <= 0) return esp_fail(ESP_ERR_RECIPE, "'%s' was trained, and is not in what the merge is for", s->path);
+  if (c->rank == 0 || c->rank > most) c->rank = most;
+  return ESP_OK;
 }
 
 static esp_status combine_site(combiner *c, esp_site *s, esp_factors *f, bool *changed) {
@@ -243,11 +259,12 @@ static esp_status combine_site(combiner *c, esp_site *s, esp_factors *f, bool *c
     *changed = true;
   }
   if (!*changed) return ESP_OK;
+  ESP_TRY(limit_rank(c, s));
   bool weighs = c->m.kind->thin == ESP_THIN_NONE && c->m.kind->join != ESP_JOIN_MAX && c->m.kind->join != ESP_JOIN_OPCM;
   if (c->form == TIES) return combine_ties(c, s, f);
   if (c->form != DENSE || (weighs && factors && !find(c->m.kind->name))) return combine_sum(c, s, sum > 0 ? sum : 1, f);
   int64_t rank = c->m.kind->join == ESP_JOIN_OPCM && factors ? sum : most; /* of projections: nothing is lost at all */
-  if (c->spec->rank > 0) rank = c->spec->rank;
+  if (c->rank > 0) rank = c->rank;
   if (rank == 0) return esp_fail(ESP_ERR_RECIPE, "combine: no adapter has a rank on '%s'; give one", s->path);
   return combine_dense(c, s, rank, f);
 }

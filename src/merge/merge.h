@@ -67,10 +67,15 @@ typedef struct esp_combine_spec {
   const char *out; /* adapter directory */
   const esp_merge_method *method;
   int64_t rank; /* 0: what the type gives */
+  /* Optional: at most so many at a site; 0: the site may not be changed. */
+  int64_t (*rank_at)(void *ctx, const char *site);
+  void *ctx;
 } esp_combine_spec;
 esp_status esp_combine_write(const esp_combine_spec *spec, esp_svd_stats *stats);
 esp_status esp_combine_check(const esp_combine_spec *spec); /* the options alone, no file is opened */
 const char *const *esp_combine_names(int *n);
+/* Whether the type works on factors, which the adapters' kinds must have; of one rank: *same_rank. */
+bool esp_combine_by_factors(const char *name, bool *same_rank);
 
 /* as_lora: rewrite as a plain LoRA (rank 0: the exact rank). for_vllm: implies as_lora, one rank for all sites (padded
  * with zeros), alpha = r, no rank or alpha pattern; what vLLM cannot load (modules_to_save, bias, token rows, embedding

@@ -266,10 +266,11 @@ static void bind_refs(esp_binder *b, const esp_key *k, const esp_node *node, con
 }
 
 static void bind_after(esp_binder *b, const esp_key *k, const esp_node *node, const char *path, void *base) {
-  char shown[80], at[256];
+  char shown[80], at[256], kinds[80] = "";
+  for (int i = 0; i < k->object->n; i++)
+    snprintf(kinds + strlen(kinds), sizeof kinds - strlen(kinds), "%s%s", i ? ", " : "", k->object->keys[i].name);
   if (node->kind != ESP_NODE_LIST) {
-    esp_bind_error(b, node, "%s: expected a list of merge, merge_tasks, export and report, got %s", path,
-                   esp_node_show(node, shown, sizeof shown));
+    esp_bind_error(b, node, "%s: expected a list of %s, got %s", path, kinds, esp_node_show(node, shown, sizeof shown));
     return;
   }
   esp_after_step *steps = esp_bind_alloc(b, (size_t)(node->n + 1) * sizeof *steps);
@@ -279,7 +280,7 @@ static void bind_after(esp_binder *b, const esp_key *k, const esp_node *node, co
   for (int i = 0; i < node->n; i++) {
     const esp_node *item = node->items[i];
     if (item->kind != ESP_NODE_MAP || item->n != 1) {
-      esp_bind_error(b, item, "%s[%d]: expected one of merge, merge_tasks, export, report with its keys", path, i);
+      esp_bind_error(b, item, "%s[%d]: expected %s%s with its keys", path, i, k->object->n > 1 ? "one of " : "", kinds);
       continue;
     }
     const esp_key *kind = esp_schema_find(k->object, item->keys[0]->text);

@@ -225,6 +225,7 @@ static void check_strategies(esp_binder *b, const esp_node *root) {
   task_schedules(b);
   facts.frozen = r->n_tasks > 0;
   for (int i = 0; i < r->n_tasks; i++) {
+    facts.merges_before |= r->tasks[i].start && policy != ESP_POLICY_MERGE_THEN_NEW;
     const esp_adapter_kind *kind = r->tasks[i].adapter.type ? esp_adapter_find(r->tasks[i].adapter.type) : NULL;
     facts.frozen &= esp_adapter_trains_nothing(&r->tasks[i].adapter);
     facts.adapter_moves |= kind && kind->resized;
@@ -237,6 +238,71 @@ static void check_strategies(esp_binder *b, const esp_node *root) {
 static bool merges(const esp_recipe_task *t) {
   const esp_adapter_kind *kind = t->adapter.type ? esp_adapter_find(t->adapter.type) : NULL;
   return !kind || kind->mergeable;
+}
+
+/* What one step of `before` cannot be; NULL: it can. */
+static const char *bad_start(const esp_recipe *r, int i, const esp_after_step *s, char *text, size_t size) {
+  const esp_adapter_cfg *a = &r->tasks[r->continual.policy == ESP_POLICY_CONTINUE ? 0 : i].adapter;
+  const esp_adapter_kind *kind = a->type ? esp_adapter_find(a->type) : NULL;
+  bool chain = r->continual.policy == ESP_POLICY_MERGE_THEN_NEW;
+  text[0] = 0;
+  if (s->out && strcmp(s->out, "merged_tasks")) return "out: it is always starts/<task> in the run's folder";
+  if (chain && s->method.as_adapter) return "as: with continual.policy merge_then_new a task starts from a model";
+  if (chain && s->method.rank) return "rank: with continual.policy merge_then_new a task starts from a model";
+  if (r->continual.policy == ESP_POLICY_STACK) return "with continual.policy stack the earlier adapters stay active";
+  if (r->continual.policy == ESP_POLICY_JOINT) return "with continual.policy joint there is one task";
+  for (int t = 0; t < i; t++)
+    if (!merges(&r->tasks[t])) snprintf(text, size, "an adapter of type %s cannot be merged", r->tasks[t].adapter.type);
+  if (text[0] || chain || !kind) return text[0] ? text : NULL;
+  if (s->dtype) return "dtype: is for continual.policy merge_then_new, where a task starts from a model";
+  if (!kind->start_from)
+    snprintf(text, size, "an adapter of type %s cannot start from a merge (continual.policy: merge_then_new can)",
+             a->type);
+  else if (a->lora_fa)
+    return "adapter.lora_fa: A would not be the one that is frozen";
+  else if (esp_lora_rewrites_base(a->init))
+    snprintf(text, size, "adapter.init %s changes the base that the merge is for", a->init);
+  else if (a->init && !strcmp(a->init, "eva") && r->continual.policy == ESP_POLICY_NEW_PER_TASK)
+    return "adapter.init eva gives the adapter of each task other ranks, which a merge need not fit";
+  else if (s->method.rank > a->r)
+    snprintf(text, size, "rank: %lld, the adapter has %lld", (long long)s->method.rank, (long long)a->r);
+  return text[0] ? text : NULL;
+}
+
+/* What each task starts from. A merge of one is that one: with one adapter through all tasks, or merged into the base,
+ * the second task starts there anyhow. */
+static void settle_starts(esp_binder *b, const esp_node *root) {
+  esp_recipe *r = b->recipe;
+  char text[256];
+  const esp_node *all = node_at(root, NULL, "before");
+  if (r->n_before > 0 && r->n_tasks == 1) esp_bind_error(b, all, "before: there is one task, and none before it");
+  if (r->n_before > 1) esp_bind_error(b, all, "before: %d steps, a task starts from one merge", r->n_before);
+  bool sums = esp_strategies_have(&r->continual.strategy, ESP_STRATEGY_BANK) && r->continual.strategy.bank.selector &&
+              !strcmp(r->continual.strategy.bank.selector, "sum");
+  const char *said = NULL;
+  for (int i = 0; i < r->n_tasks; i++) {
+    esp_recipe_task *t = &r->tasks[i];
+    const esp_node *at = t->before ? node_at(item(root, "tasks", NULL, i), NULL, "before") : all;
+    const esp_after_step *s = t->before ? t->before : r->before;
+    int n = t->before ? t->n_before : r->n_before;
+    if (n == 0 || !s[0].method.name || (!t->before && (i == 0 || r->n_tasks == 1))) continue;
+    char where[48] = "before";
+    if (t->before) snprintf(where, sizeof where, "tasks[%d].before", i);
+    if (t->before && i < 2)
+      esp_bind_error(b, at, "%s: %s task has been learned by then, a merge needs two", where, i ? "one" : "no");
+    else if (t->before && n > 1)
+      esp_bind_error(b, at, "%s: %d steps, a task starts from one merge", where, n);
+    else if (sums)
+      esp_bind_error(b, at, "%s: with continual.bank.selector sum what is merged would be added again", where);
+    const char *why = bad_start(r, i, s, text, sizeof text);
+    if (why && (t->before || !said)) esp_bind_error(b, at, "%s[0].merge_tasks: %s", where, why);
+    if (!t->before) said = why ? why : said;
+    if (i > 1 || r->continual.policy == ESP_POLICY_NEW_PER_TASK) t->start = &s[0];
+  }
+  for (int i = -1; i < r->n_tasks; i++) { /* the place of what it makes is no value of the recipe */
+    esp_after_step *s = i < 0 ? r->before : r->tasks[i].before;
+    for (int k = 0; k < (i < 0 ? r->n_before : r->tasks[i].n_before); k++) s[k].out = NULL;
+  }
 }
 
 /* Found after the last step of a run otherwise. */
@@ -266,6 +332,7 @@ static void check_merges(esp_binder *b, const esp_node *root) {
 void esp_check_recipe(esp_binder *b, const esp_node *root) {
   esp_recipe *r = b->recipe;
   check_names(b, root);
+  settle_starts(b, root);
   check_strategies(b, root);
   check_device(b, root);
   check_keep_best(b, root);

@@ -83,7 +83,8 @@ static void type_text(const esp_key *k, esp_strbuf *out) {
     esp_strbuf_printf(out, "list of %ss", k->object->name);
     return;
   case ESP_T_AFTER:
-    esp_strbuf_puts(out, "list of merge, merge_tasks, export, report");
+    esp_strbuf_puts(out, "list of ");
+    for (int i = 0; i < k->object->n; i++) esp_strbuf_printf(out, "%s%s", i ? ", " : "", k->object->keys[i].name);
     return;
   default:
     esp_strbuf_puts(out, "mapping");
@@ -104,7 +105,7 @@ static void walk(const esp_object *o, const char *path, visit_fn visit, esp_strb
   visit(o, path, out);
   for (int i = 0; i < o->n; i++) {
     const esp_key *k = &o->keys[i];
-    if (!k->object || k->type == ESP_T_OVERRIDE) continue;
+    if (!k->object || k->type == ESP_T_OVERRIDE || !strcmp(k->name, "before")) continue; /* before: after has it */
     char inner[160];
     const char *list = k->type == ESP_T_OBJECT ? "" : "[]";
     snprintf(inner, sizeof inner, "%s%s%s%s", path, *path ? "." : "", k->name, list);

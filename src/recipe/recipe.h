@@ -44,6 +44,35 @@ typedef struct esp_eval_set {
   int64_t limit; /* 0: all */
 } esp_eval_set;
 
+typedef enum esp_after_kind {
+  ESP_AFTER_MERGE,
+  ESP_AFTER_MERGE_TASKS,
+  ESP_AFTER_EXPORT,
+  ESP_AFTER_REPORT
+} esp_after_kind;
+/* after: merge_tasks, the options of espalier/tools.h; ESP_AFTER_OWN: not given, the method's own. */
+#define ESP_AFTER_OWN (-1e30)
+typedef struct esp_after_method {
+  const char *name;
+  bool as_adapter;
+  const double *weight, *density, *lines; /* one or one of each task; of lines alpha, or alpha and beta */
+  int n_weight, n_density, n_lines;
+  double lambda, gamma, t, alpha, power;
+  const char *metric;                         /* mwa: an evaluation set, NULL: the mean over the tasks' own */
+  const char *rescale, *majority, *normalize; /* NULL: not given */
+  uint64_t seed;
+  int64_t rank; /* 0: as the method needs */
+} esp_after_method;
+typedef struct esp_after_step {
+  esp_after_kind kind;     /* in `before` there is only one, and this says nothing */
+  const char *out;         /* merge: the model directory; export: the adapter directory; report: html path. Joined with
+                            * checkpoint.output_dir when relative */
+  const char *dtype;       /* merge: NULL = as stored */
+  int64_t verify;          /* merge: rows to compare, 0: none */
+  const char *target;      /* export: "vllm" or NULL */
+  esp_after_method method; /* merge_tasks */
+} esp_after_step;
+
 typedef struct esp_recipe_task {
   const char *name;
   esp_data_source *data;
@@ -56,6 +85,9 @@ typedef struct esp_recipe_task {
   esp_optim_cfg optim;
   esp_schedule schedule;
   esp_recipe_train train;
+  esp_after_step *before; /* NULL: not given; given, of length 0 too, it stands for the recipe's */
+  int n_before;
+  const esp_after_step *start; /* the merge of all earlier tasks that it starts from; NULL: none */
 } esp_recipe_task;
 
 typedef enum esp_adapter_policy {
@@ -70,36 +102,6 @@ typedef struct esp_watchdog {
   double loss_above, grad_norm_above; /* 0: off */
   int patience;                       /* consecutive steps above */
 } esp_watchdog;
-
-/* after: merge_tasks, the options of espalier/tools.h; ESP_AFTER_OWN: not given, the method's own. */
-#define ESP_AFTER_OWN (-1e30)
-typedef struct esp_after_method {
-  const char *name;
-  bool as_adapter;
-  const double *weight, *density, *lines; /* one or one of each task; of lines alpha, or alpha and beta */
-  int n_weight, n_density, n_lines;
-  double lambda, gamma, t, alpha, power;
-  const char *metric;                         /* mwa: an evaluation set, NULL: the mean over the tasks' own */
-  const char *rescale, *majority, *normalize; /* NULL: not given */
-  uint64_t seed;
-  int64_t rank; /* 0: as the method needs */
-} esp_after_method;
-
-typedef enum esp_after_kind {
-  ESP_AFTER_MERGE,
-  ESP_AFTER_MERGE_TASKS,
-  ESP_AFTER_EXPORT,
-  ESP_AFTER_REPORT
-} esp_after_kind;
-typedef struct esp_after_step {
-  esp_after_kind kind;
-  const char *out;         /* merge: the model directory; export: the adapter directory; report: html path. Joined with
-                            * checkpoint.output_dir when relative */
-  const char *dtype;       /* merge: NULL = as stored */
-  int64_t verify;          /* merge: rows to compare, 0: none */
-  const char *target;      /* export: "vllm" or NULL */
-  esp_after_method method; /* merge_tasks */
-} esp_after_step;
 
 typedef struct esp_recipe {
   esp_arena *arena;
@@ -144,8 +146,8 @@ typedef struct esp_recipe {
   } continual;
   esp_recipe_task *tasks;
   int n_tasks;
-  esp_after_step *after;
-  int n_after;
+  esp_after_step *before, *after;
+  int n_before, n_after;
   struct {
     int64_t every;
     bool stdout_on, jsonl, tensorboard;

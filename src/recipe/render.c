@@ -323,7 +323,7 @@ static void write_after(writer *w, const esp_key *k, const void *base, int inden
   if (!n) esp_strbuf_puts(w->out, " []");
   esp_strbuf_putc(w->out, '\n');
   for (int i = 0; i < n; i++) {
-    const esp_key *kind = &k->object->keys[steps[i].kind];
+    const esp_key *kind = &k->object->keys[k->object->n > 1 ? (int)steps[i].kind : 0];
     indent_to(w, indent + 2);
     esp_strbuf_printf(w->out, "- %s:\n", kind->name);
     write_object(w, kind->object, &steps[i], indent + 6, NULL, false);
@@ -339,6 +339,8 @@ static void write_object(writer *w, const esp_object *o, const void *base, int i
     if (k->flags & ESP_K_INPUT_ONLY) continue;
     if (k == epochs && *(const int64_t *)esp_field(base, steps->offset)) continue; /* only one of them can hold */
     if (w->for_hash && (k->flags & ESP_K_NOHASH || k->type == ESP_T_OVERRIDE)) continue;
+    if (w->for_hash && k->type == ESP_T_RUN_PATH) continue;
+    if (k->type == ESP_T_AFTER && !*(void *const *)field) continue; /* not given: [] would mean something */
     if (only_given && !(esp_key_per_task(k, only_given) && esp_origin_get(w->r, field))) continue;
     const esp_section *s = k->type == ESP_T_OVERRIDE ? esp_schema_section(k->name) : NULL;
     const void *moved = s ? (const void *)((uintptr_t)base + s->task_offset - s->recipe_offset) : base;
@@ -421,7 +423,11 @@ void esp_recipe_hash(const esp_recipe *r, char out[33]) {
       esp_strbuf_putc(&text, '\n');
     }
   }
-  for (int t = 0; t < r->n_tasks; t++)
+  for (int t = 0; t < r->n_tasks; t++) {
+    if (r->tasks[t].start) {
+      esp_strbuf_printf(&text, "%d before:\n", t);
+      write_object(&w, section_object("before")->keys[0].object, r->tasks[t].start, 2, NULL, false);
+    }
     for (int s = 0; s < esp_schema_n_sections; s++) {
       const esp_section *sec = &esp_schema_sections[s];
       const esp_object *o = section_object(sec->name);
@@ -433,6 +439,7 @@ void esp_recipe_hash(const esp_recipe *r, char out[33]) {
         esp_strbuf_putc(&text, '\n');
       }
     }
+  }
   XXH128_hash_t h = XXH3_128bits(text.data ? text.data : "", text.len);
   snprintf(out, 33, "%016" PRIx64 "%016" PRIx64, h.high64, h.low64);
   esp_strbuf_deinit(&text);

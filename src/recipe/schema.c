@@ -404,6 +404,13 @@ SECTION_OBJECT(parallel, "Ranks and threads.");
 SECTION_OBJECT(eval, "What is measured, and when.");
 SECTION_OBJECT(continual, "What happens between tasks.");
 
+static const esp_key before_keys[] = {
+    {"merge_tasks", ESP_T_OBJECT, .object = &esp_schema_merge_tasks,
+     .help = "start from the merge of what the earlier tasks learned, by a method; out stays as it is"},
+};
+static const esp_object before_object = {"before", "What a task starts from, docs/merging.md.", before_keys,
+                                         COUNT(before_keys), sizeof(esp_after_step)};
+
 #define TASK(field) .offset = offsetof(esp_recipe_task, field)
 static const esp_key task_keys[] = {
     {"name", ESP_T_NAME, TASK(name), .flags = ESP_K_REQUIRED | ESP_K_COMMON, .help = "names its adapter's folder"},
@@ -416,6 +423,8 @@ static const esp_key task_keys[] = {
     {"optim", ESP_T_OVERRIDE, .object = &optim_object, .help = "keys of optim for this task"},
     {"schedule", ESP_T_OVERRIDE, .object = &schedule_object, .help = "keys of schedule for this task"},
     {"train", ESP_T_OVERRIDE, .object = &train_object, .help = "keys of train for this task"},
+    {"before", ESP_T_AFTER, TASK(before), .count_offset = offsetof(esp_recipe_task, n_before), .flags = ESP_K_NOHASH,
+     .object = &before_object, .help = "in the place of the recipe's before; []: it starts from no merge"},
 };
 static const esp_object task_object = {"task", "The tasks, trained in this order.", task_keys, COUNT(task_keys),
                                        sizeof(esp_recipe_task)};
@@ -495,6 +504,9 @@ static const esp_key root_keys[] = {
     {"continual", ESP_T_OBJECT, .object = &continual_object, .flags = ESP_K_COMMON},
     {"tasks", ESP_T_OBJECTS, LIST(tasks, n_tasks), .flags = ESP_K_REQUIRED | ESP_K_NONEMPTY | ESP_K_COMMON,
      .object = &task_object, .help = "what is trained, in this order"},
+    {"before", ESP_T_AFTER, LIST(before, n_before), .flags = ESP_K_NOHASH, .object = &before_object,
+     .help = "one merge_tasks, keys as in after: every task from the second on starts from the merge of all earlier "
+             "ones"},
     {"after", ESP_T_AFTER, LIST(after, n_after), .flags = ESP_K_NOHASH | ESP_K_COMMON, .object = &after_object,
      .help = "list of merge, merge_tasks, export and report, done in this order"},
     {"log", ESP_T_OBJECT, .object = &log_object, .flags = ESP_K_COMMON},

@@ -38,6 +38,11 @@ esp_status esp_strategies_check(const esp_strategy_cfg *c, const esp_strategy_fa
                       "continual.strategy: %s holds a value for each parameter, which an adapter whose "
                       "ranks move does not keep",
                       k->name);
+    if ((k->flags & ESP_STRATEGY_BY_PARAMETER) && f->merges_before)
+      return esp_fail(ESP_ERR_RECIPE,
+                      "continual.strategy: %s holds a value for each parameter, which a merge before a task does not "
+                      "keep",
+                      k->name);
     if ((k->flags & ESP_STRATEGY_BY_PARAMETER) && !f->one_adapter)
       return esp_fail(ESP_ERR_RECIPE,
                       "continual.strategy: %s needs one adapter through all tasks (continual.policy: "

@@ -261,6 +261,7 @@ typedef struct esp_strategy_facts { /* of a recipe, for the rules between strate
   bool one_adapter;   /* it lives through all tasks */
   bool new_per_task;  /* the policy of that name */
   bool frozen;        /* nothing is trained in it */
+  bool merges_before; /* a task starts from a merge of adapters: the parameters are others of a sudden */
 } esp_strategy_facts;
 /* Rules of a recipe: pairs, flags, and each kind's own. */
 esp_status esp_strategies_check(const esp_strategy_cfg *c, const esp_strategy_facts *f);

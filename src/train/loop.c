@@ -66,7 +66,10 @@ static esp_status begin_task(esp_loop *l, int i, bool first) {
   }
   esp_adapter *a = l->engine.adapter;
   if (a->kind->task_begin) ESP_TRY(esp_comm_agree(l->comm, a->kind->task_begin(a, i)));
-  esp_status st = esp_engine_optim(&l->engine, &t->optim, !fresh && !l->r->continual.reset_optimizer);
+  /* resumed: the values come from the checkpoint */
+  bool merged = !first && t->start && l->r->continual.policy != ESP_POLICY_MERGE_THEN_NEW;
+  bool keep = !fresh && !merged && !l->r->continual.reset_optimizer;
+  esp_status st = esp_engine_optim(&l->engine, &t->optim, keep);
   if (st == ESP_OK && !l->engine.stack_ready) {
     esp_backend *be = l->engine.be;
     st = esp_engine_stack(&l->engine, l->plan.stack_bytes);
@@ -75,8 +78,9 @@ static esp_status begin_task(esp_loop *l, int i, bool first) {
   }
   if (st == ESP_OK && fresh)
     st = esp_calibrate(&l->engine, l->r, &l->data, l->r->continual.policy == ESP_POLICY_CONTINUE ? 0 : i);
-  if (st == ESP_OK) st = esp_engine_task(&l->engine, i, &l->plan.task[i]);
-  return esp_comm_agree(l->comm, st);
+  ESP_TRY(esp_comm_agree(l->comm, st));
+  if (merged) ESP_TRY(esp_loop_start(l, i));
+  return esp_comm_agree(l->comm, esp_engine_task(&l->engine, i, &l->plan.task[i]));
 }
 
 /* Rank 0: a checkpoint is complete at `path`. */
@@ -294,6 +298,7 @@ static esp_status next_task(esp_loop *l, int task) {
     }
     ESP_TRY(esp_comm_agree(l->comm, st));
     snprintf(l->state.base, sizeof l->state.base, "%s", rel);
+    if (l->r->tasks[task + 1].start) ESP_TRY(esp_loop_start(l, task + 1));
   }
   l->state.at = (esp_cursor){.task = task + 1, .step = l->state.at.step};
   l->state.watch = (esp_watch){0};
@@ -377,6 +382,9 @@ static esp_status prepare(esp_loop *l, bool resume) {
   const esp_recipe *r = l->r;
   if (r->continual.policy == ESP_POLICY_MERGE_THEN_NEW && r->n_tasks > 1 && (!l->hooks || !l->hooks->merge))
     return esp_fail(ESP_ERR_RECIPE, "continual.policy: merge_then_new is not available here");
+  for (int i = 0; i < r->n_tasks; i++)
+    if (r->tasks[i].start && (!l->hooks || !l->hooks->merge_before))
+      return esp_fail(ESP_ERR_RECIPE, "before: is not available here");
   esp_loop_phase(l, "data");
   ESP_TRY(esp_comm_agree(l->comm, esp_train_data_load(r, true, l->hooks && l->hooks->score, &l->data)));
   esp_loop_phase(l, "plan");

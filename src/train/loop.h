@@ -48,6 +48,8 @@ esp_status esp_rundir_prepare(const esp_recipe *r, esp_comm *comm, bool resume, 
 esp_status esp_rundir_recipe(const esp_recipe *r, esp_comm *comm);
 esp_status esp_rundir_base(const esp_loop *l, char out[ESP_PATH]); /* of the present task */
 
+/* start.c: what task i starts from is merged, and with adapters becomes the values of the present one. Collective. */
+esp_status esp_loop_start(esp_loop *l, int i);
 /* evaluate.c */
 /* Set `i`; events and metrics. Collective. */
 esp_status esp_loop_score(esp_loop *l, int i, esp_score_result *out);

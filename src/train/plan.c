@@ -137,7 +137,7 @@ out:
 }
 
 static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_train_hooks *hooks, int task, bool fresh,
-                            const esp_task_steps *c, esp_rows *rows, double *flops) {
+                            const esp_task_steps *c, bool **learned, esp_rows *rows, double *flops) {
   const esp_recipe *r = e->r;
   const esp_recipe_task *t = &r->tasks[task];
   e->n_earlier = esp_engine_keeps(r, task);
@@ -146,6 +146,7 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   if (!e->stack_ready) ESP_TRY(esp_engine_stack(e, 0));
   const esp_adapter_kind *kind = e->adapter->kind;
   if (kind->task_begin) ESP_TRY(kind->task_begin(e->adapter, task));
+  ESP_TRY(esp_plan_start(e, task, learned));
   if (c->steps > 0) ESP_TRY(passes(e, c, false));
   if (fresh) ESP_TRY(esp_calibrate(e, r, d, task));
   ESP_TRY(esp_engine_task(e, task, c));
@@ -155,6 +156,7 @@ static esp_status plan_task(esp_engine *e, const esp_train_data *d, const esp_tr
   if (c->steps > 0) ESP_TRY(plan_step(e, d, task, c, rows, flops));
   ESP_TRY(esp_strategies_task_end(&e->strategies, &e->sequence));
   if (task + 1 < r->n_tasks) ESP_TRY(esp_strategies_hand_over(&e->strategies, &e->sequence));
+  if (task + 1 < r->n_tasks) ESP_TRY(esp_plan_merge(e, task + 1));
   int64_t writing = esp_checkpoint_bytes(e);
   esp_mem_account(ESP_MEM_HOST, writing);
   esp_mem_account(ESP_MEM_HOST, -writing);
@@ -190,7 +192,8 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
                           esp_plan_detail *out) {
   esp_status st = ESP_OK;
   esp_engine e = {0};
-  esp_rows rows = {0};    /* as large as the largest micro-batch, all the time */
+  esp_rows rows = {0}; /* as large as the largest micro-batch, all the time */
+  bool *learned = NULL;
   esp_comm *alone = NULL; /* the plan talks to nobody; the run's ranks only enter the counts */
   *out = (esp_plan_detail){0};
   esp_plan *p = out->plan = calloc(1, sizeof *p);
@@ -207,7 +210,8 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   for (int i = 0; i < r->n_tasks; i++) {
     const esp_task_steps *c = &out->task[i];
     double flops = 0;
-    ESP_GOTO(plan_task(&e, d, hooks, i, i == 0 || r->continual.policy != ESP_POLICY_CONTINUE, c, &rows, &flops));
+    ESP_GOTO(
+        plan_task(&e, d, hooks, i, i == 0 || r->continual.policy != ESP_POLICY_CONTINUE, c, &learned, &rows, &flops));
     esp_plan_task *t = &p->tasks[i];
     strncpy(t->name, r->tasks[i].name, sizeof t->name - 1);
     t->samples = c->samples, t->rows = c->rows, t->steps = c->steps, t->tokens = c->tokens;
@@ -243,6 +247,7 @@ esp_status esp_train_plan(const esp_recipe *r, const esp_train_data *d, esp_comm
   p->fits = p->peak_bytes <= p->limit_bytes;
   if (!e.be->on_host) device_fit(r, &s, p);
 out:
+  esp_mem_free(learned);
   esp_rows_deinit(&rows);
   esp_engine_deinit(&e);
   esp_comm_destroy(alone);

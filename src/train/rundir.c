@@ -1,5 +1,5 @@
-/* rundir.c: the run directory: recipe.yaml (resolved), metrics.jsonl, adapters/<task>, bases/<task>, checkpoints/,
- * matrix.json, samples/<row>.json, best/adapter, run.log, result.json. */
+/* rundir.c: the run directory: recipe.yaml (resolved), metrics.jsonl, adapters/<task>, bases/<task>, starts/<task>,
+ * checkpoints/, matrix.json, samples/<row>.json, best/adapter, run.log, result.json. */
 #include <stdio.h>
 #include <string.h>
 
@@ -17,7 +17,7 @@ static bool holds_run(const char *dir) {
 static esp_status remove_run(const char *dir) {
   static const char *const files[] = {"recipe.yaml", "metrics.jsonl", "events.out.tfevents.0.espalier",
                                       "matrix.json", "result.json",   "run.log"};
-  static const char *const folders[] = {"checkpoints", "adapters", "bases", "best", "samples"};
+  static const char *const folders[] = {"checkpoints", "adapters", "bases", "starts", "best", "samples"};
   char path[ESP_PATH];
   for (size_t i = 0; i < sizeof folders / sizeof *folders; i++)
     if (esp_dir_exists(esp_path_join(path, sizeof path, dir, folders[i]))) ESP_TRY(esp_remove_tree(path));
@@ -75,18 +75,28 @@ esp_status esp_rundir_base(const esp_loop *l, char out[ESP_PATH]) {
   return ESP_OK;
 }
 
-char *esp_train_adapter(const esp_recipe *r, int i, char path[ESP_PATH]) {
+static char *of_task(const esp_recipe *r, const char *what, int i, char path[ESP_PATH]) {
   char folder[ESP_PATH];
-  esp_path_join(folder, sizeof folder, r->checkpoint.output_dir, "adapters");
+  esp_path_join(folder, sizeof folder, r->checkpoint.output_dir, what);
   return esp_path_join(path, ESP_PATH, folder, r->tasks[i].name);
 }
 
+char *esp_train_adapter(const esp_recipe *r, int i, char path[ESP_PATH]) {
+  return of_task(r, "adapters", i, path);
+}
+
+char *esp_train_start(const esp_recipe *r, int i, char path[ESP_PATH]) {
+  return of_task(r, "starts", i, path);
+}
+
 esp_status esp_train_last(const esp_recipe *r, char base[ESP_PATH], char adapter[ESP_PATH]) {
-  char rel[ESP_PATH];
+  int last = r->n_tasks - 1;
   snprintf(base, ESP_PATH, "%s", r->model.base_model);
-  if (r->continual.policy == ESP_POLICY_MERGE_THEN_NEW && r->n_tasks > 1) {
-    snprintf(rel, sizeof rel, "bases/%s", r->tasks[r->n_tasks - 2].name);
-    esp_path_join(base, ESP_PATH, r->checkpoint.output_dir, rel);
+  if (r->continual.policy == ESP_POLICY_MERGE_THEN_NEW && last > 0) {
+    if (r->tasks[last].start)
+      esp_train_start(r, last, base);
+    else
+      of_task(r, "bases", last - 1, base);
   }
   if (!esp_dir_exists(esp_train_adapter(r, r->n_tasks - 1, adapter)))
     return esp_fail(ESP_ERR_DATA, "%s: the run has not finished its last task", r->checkpoint.output_dir);

@@ -49,6 +49,10 @@ typedef struct esp_train_hooks {
                          uint64_t seed, esp_ids *out);
   /* Writes base + adapter as a model directory. NULL: merge_then_new is refused. */
   esp_status (*merge)(void *ctx, const char *base, const char *adapter, const char *out);
+  /* What the tasks before this one learned as one, by its recipe's `before`: with merge_then_new a model, else an
+   * adapter whose ranks fit `into`; note: a line about it. Rank 0 alone. NULL: before is refused. */
+  esp_status (*merge_before)(void *ctx, const esp_recipe *r, int task, const char *out, const esp_adapter *into,
+                             char *note, size_t size);
 } esp_train_hooks;
 
 /* ---- data of a run: everything that is read before a weight is ---- */
@@ -156,6 +160,12 @@ typedef struct esp_cursor {
 esp_status esp_task_count(const esp_recipe *r, int task, const esp_dataset *d, int ranks, esp_rows *rows,
                           esp_task_steps *out);
 
+/* start.c, for a plan. With the adapter of task i in its place, what cannot be merged or start from a merge is refused;
+ * learned: for each site, whether an earlier task changes it; made by the first call, esp_mem. */
+esp_status esp_plan_start(esp_engine *e, int i, bool **learned);
+/* With the engine as the task before leaves it: what making the start of task i holds beside that. */
+esp_status esp_plan_merge(esp_engine *e, int i);
+
 /* ---- plan ---- */
 typedef struct esp_plan_detail {
   esp_plan *plan;        /* owned; NULL when not wanted */
@@ -173,8 +183,9 @@ int64_t esp_memory_limit(const esp_recipe *r);
 esp_status esp_train_run(const esp_recipe *r, esp_comm *comm, const esp_train_hooks *hooks, bool resume,
                          const esp_run_options *opt, esp_run_result *result);
 /* base model directory that the last task was trained on, and the last adapter directory (for `after`). */
-/* The directory of task i's adapter; answers path. */
+/* The directory of task i's adapter, and of the merge that it starts from, if any; both answer path. */
 char *esp_train_adapter(const esp_recipe *r, int i, char path[ESP_PATH]);
+char *esp_train_start(const esp_recipe *r, int i, char path[ESP_PATH]);
 esp_status esp_train_last(const esp_recipe *r, char base[ESP_PATH], char adapter[ESP_PATH]);
 
 #endif

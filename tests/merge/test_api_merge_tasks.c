@@ -1,8 +1,10 @@
-/* after: merge_tasks in a run of two tasks: what it writes is, byte for byte, what `merge` makes of the run's adapters
- * (of its models, with merge_then_new), mwa weighs by the run's scores, resuming a finished run makes the same again,
- * options that cannot work are refused before anything is trained, and the names in the recipe are the names there are.
- * Mutation seen to be caught: the row before the task in place of the one after it (score_of) fails
- * "scores_are_weights".
+/* before: merge_tasks: what a task starts from is the merge, in what is trained, with ranks to spare that can be
+ * trained; what cannot be is refused in one line. after: merge_tasks in a run of two tasks: what it writes is, byte for
+ * byte, what `merge` makes of the run's adapters (of its models, with merge_then_new), mwa weighs by the run's scores,
+ * resuming a finished run makes the same again, options that cannot work are refused before anything is trained, and
+ * the names in the recipe are the names there are. Mutation seen to be caught: the row before the task in place of the
+ * one after it (score_of) fails "scores_are_weights"; the scale of a start in one factor only (lora_start_from) fails
+ * "starts_there".
  */
 #include <math.h>
 #include <setjmp.h>
@@ -153,6 +155,139 @@ static void models_of_a_chain(void **state) {
   same(at("magmax", "model.safetensors"), at("chain", "magmax/model.safetensors"));
 }
 
+/* ---- before ---- */
+
+static const char *third = "{name: c, data: [{path: a.jsonl}], eval: a, optim: {lr: 1e-30}}";
+
+static esp_status open_before(const char *out, const char *before, const char *more, esp_job **job) {
+  char place[4400], steps[1024], file[4200], text[sizeof recipe + 200];
+  snprintf(place, sizeof place, "checkpoint.output_dir=%s", at(out, ""));
+  snprintf(steps, sizeof steps, "before=%s", before);
+  snprintf(file, sizeof file, "%s/recipe.yaml", root);
+  const char *list[] = {place, steps, more};
+  snprintf(text, sizeof text, "%s  - %s\ncontinual: {policy: new_per_task}\n", recipe, third);
+  return esp_job_open_text(text, strlen(text), file, list, more ? 3 : 2, job);
+}
+
+static esp_st *model_of(const char *out, const char *adapter, const char *name) {
+  char path[4400];
+  esp_st *f;
+  const char *const inputs[] = {at(out, adapter)};
+  esp_merge_options o = {.base = model, .inputs = inputs, .n_inputs = 1, .out = at(name, ""), .dtype = "fp32"};
+  if (esp_merge(&o, NULL) != ESP_OK) fail_msg("%s", esp_error_message());
+  snprintf(path, sizeof path, "%s", at(name, "model.safetensors"));
+  assert_int_equal(esp_st_open(path, &f), ESP_OK);
+  return f;
+}
+
+/* What the last task starts from: at a rate of nothing its adapter is still there in the end. */
+static void starts_there(void **state) {
+  (void)state;
+  static const struct {
+    const char *before, *policy;
+    int filled;
+  } cases[] = {{"[merge_tasks: {method: magmax}]", "continual.policy=continue", 4},
+               {"[merge_tasks: {method: linear, rank: 2}]", "continual.policy=new_per_task", 2}};
+  for (int i = 0; i < 2; i++) {
+    esp_job *job;
+    esp_run_result result;
+    if (open_before("before", cases[i].before, cases[i].policy, &job) != ESP_OK ||
+        esp_job_run(job, &(esp_run_options){0}, &result) != ESP_OK)
+      fail_msg("%s", esp_error_message());
+    esp_job_close(job);
+    esp_st *base, *start = model_of("before", "starts/c", "from"), *end = model_of("before", "adapters/c", "to"), *c;
+    assert_int_equal(esp_st_open(at("model", "model.safetensors"), &base), ESP_OK);
+    double moved = 0, apart = 0;
+    for (int t = 0; t < esp_st_count(start); t++) {
+      const esp_st_entry *x = esp_st_at(start, t), *y = esp_st_find(end, x->name), *w = esp_st_find(base, x->name);
+      assert_true(x->dtype == ESP_F32 && y && y->bytes == x->bytes && w && w->dtype == ESP_BF16);
+      for (int64_t k = 0; k < x->bytes / 4; k++) {
+        double s = ((const float *)x->data)[k], e = ((const float *)y->data)[k];
+        double b = esp_bf16_to_f32(((const uint16_t *)w->data)[k]);
+        moved = fmax(moved, fabs(s - b));
+        apart = fmax(apart, fabs(s - e));
+      }
+    }
+    if (!(moved > 1e-3 && apart < 1e-6 * fmax(1, moved)))
+      fail_msg("the merge moves by %g, the start is %g off", moved, apart);
+    /* ranks without a share in the merge can be trained: a row of A, and B = 0 */
+    assert_int_equal(esp_st_open(at("before", "adapters/c/adapter_model.safetensors"), &c), ESP_OK);
+    for (int t = 0; t < esp_st_count(c); t++) {
+      const esp_st_entry *x = esp_st_at(c, t);
+      bool is_a = strstr(x->name, "lora_A") != NULL;
+      for (int k = 0; k < 4; k++) {
+        double most = 0;
+        for (int64_t j = 0; j < x->shape[is_a]; j++)
+          most = fmax(most, fabs(((const float *)x->data)[is_a ? k * x->shape[1] + j : j * 4 + k]));
+        if (is_a || k < cases[i].filled)
+          assert_true(most > 1e-6);
+        else
+          assert_true(most < 1e-20);
+      }
+    }
+    esp_st_close(base);
+    esp_st_close(start);
+    esp_st_close(end);
+    esp_st_close(c);
+    assert_int_equal(esp_remove_tree(at("before", "")), ESP_OK);
+  }
+}
+
+static void before_refusals(void **state) {
+  (void)state;
+  static const struct {
+    const char *before, *more, *says;
+  } cases[] = {
+      {"[merge_tasks: {method: ties}]", NULL, "before[0].merge_tasks, for task 'b': merge: ties needs a density"},
+      {"[merge_tasks: {method: linear, weight: [1, 2, 3]}]", NULL, "3 weights for 2 tasks"},
+      {"[merge_tasks: {method: linear, rank: 5}]", NULL, "before[0].merge_tasks: rank: 5, the adapter has 4"},
+      {"[merge_tasks: {method: linear, out: here}]", NULL, "out: it is always starts/<task>"},
+      {"[merge_tasks: {method: linear, dtype: bf16}]", NULL, "dtype: is for continual.policy merge_then_new"},
+      {"[merge_tasks: {method: linear, as: adapter}]", "continual.policy=merge_then_new", "starts from a model"},
+      {"[merge_tasks: {method: linear}]", "continual.policy=stack", "the earlier adapters stay active"},
+      {"[merge_tasks: {method: linear}]", "continual.policy=joint", "there is one task"},
+      {"[merge_tasks: {method: linear}]", "adapter.type=vera", "an adapter of type vera cannot start from a merge"},
+      {"[merge_tasks: {method: linear}]", "tasks[0]={name: x, data: [{path: a.jsonl}], adapter: {type: oft}}",
+       "linear works on factors, which an adapter of type oft has not"},
+      {"[merge_tasks: {method: ties, density: 0.5}]", "tasks[0]={name: x, data: [{path: a.jsonl}], adapter: {r: 2}}",
+       "ties needs one rank, task 'x' has 2 and task 'b' 4"},
+      {"[merge_tasks: {method: linear}]", "adapter.init=eva", "adapter.init eva gives the adapter of each task other"},
+      {"[merge_tasks: {method: linear}]", "adapter.init=pissa", "adapter.init pissa changes the base"},
+      {"[merge_tasks: {method: linear}]", "adapter.lora_fa=true", "A would not be the one that is frozen"},
+      {"[merge_tasks: {method: linear}]", "continual.strategy=l2", "which a merge before a task does not keep"},
+      {"[report: {out: x}]", NULL, "unknown key 'report' in before[0]"},
+      {"merge_tasks", NULL, "before: expected a list of merge_tasks"},
+      {"[merge_tasks: {method: linear}, merge_tasks: {method: ties, density: 1}]", NULL, "2 steps"},
+      {"[]", "tasks[1].before=[merge_tasks: {method: linear}]", "tasks[1].before: one task has been learned by then"},
+      {"[]", "tasks[0].before=[merge_tasks: {method: linear}]", "tasks[0].before: no task has been learned by then"},
+      {"[merge_tasks: {method: linear}]", "tasks=[{name: a, data: [{path: a.jsonl}]}]", "before: there is one task"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    esp_job *job = NULL;
+    if (open_before("never", cases[i].before, cases[i].more, &job) != ESP_ERR_RECIPE)
+      fail_msg("not refused: %s %s", cases[i].before, cases[i].more ? cases[i].more : "");
+    assert_null(job);
+    if (!strstr(esp_error_message(), cases[i].says)) fail_msg("%s, not: %s", esp_error_message(), cases[i].says);
+    if (strchr(esp_error_message(), '\n')) fail_msg("more than one line: %s", esp_error_message());
+  }
+  /* what only the model shows: found before the first step */
+  static const struct {
+    const char *more, *says;
+  } late[] = {{"adapter.modules_to_save=[norm]", "in full"},
+              {"continual.policy=new_per_task", "task 'c' does not train 'model.layers.0.self_attn.k_proj'"}};
+  for (size_t i = 0; i < 2; i++) {
+    esp_job *job = NULL;
+    esp_run_result result;
+    if (i == 1) third = "{name: c, data: [{path: a.jsonl}], adapter: {target: [q_proj]}}";
+    if (open_before("never", "[merge_tasks: {method: linear}]", late[i].more, &job) != ESP_OK)
+      fail_msg("%s", esp_error_message());
+    assert_int_equal(esp_job_run(job, &(esp_run_options){0}, &result), ESP_ERR_RECIPE);
+    if (!strstr(esp_error_message(), late[i].says)) fail_msg("%s, not: %s", esp_error_message(), late[i].says);
+    assert_false(esp_dir_exists(at("never", "")));
+    esp_job_close(job);
+  }
+}
+
 static void refusals(void **state) {
   (void)state;
   static const struct {
@@ -208,8 +343,9 @@ static int teardown(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(equals_merge),      cmocka_unit_test(resumed),  cmocka_unit_test(scores_are_weights),
-      cmocka_unit_test(models_of_a_chain), cmocka_unit_test(refusals), cmocka_unit_test(names_of_the_recipe),
+      cmocka_unit_test(equals_merge),      cmocka_unit_test(resumed),         cmocka_unit_test(scores_are_weights),
+      cmocka_unit_test(models_of_a_chain), cmocka_unit_test(refusals),        cmocka_unit_test(names_of_the_recipe),
+      cmocka_unit_test(starts_there),      cmocka_unit_test(before_refusals),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }
