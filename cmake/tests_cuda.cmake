@@ -3,7 +3,7 @@
 set(ESP_CUDA_SUITES
     test_adapters_conformance_train test_adapters_conformance_files test_adapters_conformance_life test_merge_conformance
     test_optim_lora_init
-    test_backend_ops test_backend_kinds test_backend_gate test_backend_matmul test_backend_attention test_backend_golden test_backend_teacher
+    test_backend_ops test_backend_kinds test_backend_blocks test_backend_gate test_backend_matmul test_backend_attention test_backend_golden test_backend_teacher
     test_adapters_conformance test_optim_peft_parity test_optim_rules test_optim_task_ranks test_model_golden test_model_real
     test_model_step test_model_weights test_eval_score test_eval_virtual test_adapters_target test_adapters_files)
 file(GLOB strategy_suites CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/tasks/test_*.c) # each strategy, by itself
@@ -35,7 +35,7 @@ foreach(name IN LISTS ESP_CUDA_SUITES)
 endforeach()
 
 # Every launch in three orders, with equal bits of all memory that it can reach: barriers that are missing, blocks that race.
-foreach(name test_backend_ops test_backend_attention test_backend_kinds test_backend_gate test_backend_teacher)
+foreach(name test_backend_ops test_backend_attention test_backend_kinds test_backend_blocks test_backend_gate test_backend_teacher)
   if(TEST ${name}_cuda_sim AND NOT ESP_SANITIZE)
     get_test_property(${name}_cuda_sim ENVIRONMENT env)
     add_test(NAME ${name}_crosscheck_cuda_sim COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
