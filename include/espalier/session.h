@@ -44,6 +44,11 @@ ESP_API esp_status esp_session_encode(esp_session *s, const char *text, int spec
 ESP_API esp_status esp_session_decode(esp_session *s, const int32_t *ids, int64_t n, char **text);
 ESP_API int32_t esp_session_eos(esp_session *s); /* -1: none */
 
+/* The pass over data that adapter.init eva, corda and lora_ga, and the types fish and spu, start from: the examples in
+ * batches of `size`, as many of them as adapter.init_batches says. Before the first step; nothing to do for others.
+ * Without it whatever computes with such an adapter refuses. Not beside added adapters. */
+ESP_API esp_status esp_session_calibrate(esp_session *s, const esp_example *list, int n, int size);
+
 /* One optimizer step over a batch: forward, loss, backward, clipping, update. Loss is per trained token. */
 ESP_API esp_status esp_session_step(esp_session *s, const esp_example *batch, int n, esp_step_result *out);
 /* Prompt and completion as text: the completion and the end-of-text token behind it are trained. */

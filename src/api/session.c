@@ -28,6 +28,7 @@ struct esp_session {
   added added[MAX_ADDED];
   int n_added;
   bool ready; /* weights are loaded */
+  bool shown; /* data, to an adapter that takes its start from them */
   double lr_factor;
   int64_t step;
 };
@@ -130,6 +131,21 @@ static esp_status ready(esp_session *s) {
   ESP_TRY(esp_engine_stack(&s->count, 0));
   s->ready = true;
   return ESP_OK;
+}
+
+static bool wants_data(const esp_session *s) {
+  return !s->shown && !s->adapter_dir && esp_engine_wants_data(&s->engine);
+}
+
+/* Before anything is computed with an adapter that takes its start from data. */
+static esp_status started(esp_session *s) {
+  ESP_TRY(ready(s));
+  if (!wants_data(s)) return ESP_OK;
+  const esp_adapter_cfg *c = &s->engine.adapter->cfg;
+  bool lora = strcmp(s->engine.adapter->kind->name, "lora") == 0;
+  return esp_fail(ESP_ERR_RECIPE,
+                  "session: %s %s takes its start from data: show it some with esp_session_calibrate first",
+                  lora ? "adapter.init" : "an adapter of type", lora ? c->init : s->engine.adapter->kind->name);
 }
 
 /* The stack is at least what `count` has measured so far. */
@@ -238,12 +254,52 @@ static esp_status compute(esp_session *s, esp_engine *e, const packed *p, bool t
 }
 
 static esp_status one_pass(esp_session *s, const esp_example *list, int n, bool train, packed *p, esp_loss_out *loss) {
-  ESP_TRY(ready(s));
+  ESP_TRY(started(s));
   ESP_TRY(pack(s, list, n, p));
   ESP_TRY(compute(s, &s->count, p, train, loss));
   ESP_TRY(grow_stack(s));
   if (train) esp_params_zero_grad(s->engine.adapter->params);
   return compute(s, &s->engine, p, train, loss);
+}
+
+/* ---- the pass that the adapter's start comes from ---- */
+
+typedef struct shown {
+  esp_session *s;
+  const esp_example *list;
+  int n, size;
+  packed p;
+} shown;
+
+static esp_status next_batch(void *ctx, int64_t i, esp_batch *out) {
+  shown *x = ctx;
+  int64_t at = i * x->size;
+  packed_free(&x->p);
+  ESP_TRY(pack(x->s, x->list + at, (int)(x->n - at < x->size ? x->n - at : x->size), &x->p));
+  *out = x->p.batch;
+  return ESP_OK;
+}
+
+static esp_status calibrate(esp_session *s, esp_engine *e, const esp_example *list, int n, int size) {
+  shown x = {.s = s, .list = list, .n = n, .size = size};
+  esp_status st = esp_calibrate_with(e, &s->recipe->optim, s->recipe->memory.activation_checkpointing,
+                                     (n + size - 1) / size, next_batch, &x);
+  packed_free(&x.p);
+  return st;
+}
+
+esp_status esp_session_calibrate(esp_session *s, const esp_example *list, int n, int size) {
+  if (!s->attached) return esp_fail(ESP_ERR_RECIPE, "session: there is no adapter to calibrate");
+  if (n < 1 || size < 1) return esp_fail(ESP_ERR_DATA, "session: nothing to calibrate with");
+  ESP_TRY(ready(s));
+  if (!wants_data(s)) return ESP_OK;
+  if (s->n_added > 0) /* they stand on the model, which is read again */
+    return esp_fail(ESP_ERR_RECIPE, "session: an adapter that takes its start from data stands alone");
+  ESP_TRY(calibrate(s, &s->count, list, n, size));
+  ESP_TRY(grow_stack(s));
+  ESP_TRY(calibrate(s, &s->engine, list, n, size));
+  s->shown = true;
+  return ESP_OK;
 }
 
 static void fill(const packed *p, const esp_loss_out *loss, double began, esp_step_result *out) {
@@ -351,7 +407,7 @@ void esp_session_parameters(const esp_session *s, int64_t *trainable, int64_t *t
 
 esp_status esp_session_save(esp_session *s, const char *dir) {
   if (!s->attached) return esp_fail(ESP_ERR_RECIPE, "session: there is no adapter to save");
-  ESP_TRY(ready(s));
+  ESP_TRY(started(s));
   return esp_adapter_save(s->engine.adapter, dir);
 }
 
@@ -386,7 +442,7 @@ esp_status esp_session_generate(esp_session *s, const char *const *prompts, int 
   esp_ids *in = calloc((size_t)n + 1, sizeof *in), *out = calloc((size_t)n + 1, sizeof *out);
   for (int i = 0; i < n; i++) texts[i] = NULL;
   if (!in || !out) ESP_GOTO(esp_fail_oom("prompts", sizeof *in * (size_t)n));
-  ESP_GOTO(ready(s));
+  ESP_GOTO(started(s));
   int32_t bos = esp_tokenizer_bos(s->tok);
   for (int i = 0; i < n; i++) {
     if (bos >= 0 && !o.raw && s->recipe->data.add_bos) {

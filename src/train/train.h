@@ -123,6 +123,10 @@ esp_status esp_engine_strategies(esp_engine *e, const esp_train_data *data, cons
 /* Model, adapter and optimizer stand for this task: its strategies begin (the first time they open before). */
 esp_status esp_engine_task(esp_engine *e, int task, const esp_task_steps *steps);
 /* The pass over data that the adapter's kind needs before it is trained, over the first rows of a task. */
+/* The same over n batches of the caller's. */
+esp_status esp_calibrate_with(esp_engine *e, const esp_optim_cfg *optim, esp_ckpt_mode ckpt, int64_t n,
+                              esp_status (*batch)(void *ctx, int64_t i, esp_batch *out), void *ctx);
+bool esp_engine_wants_data(const esp_engine *e); /* it has not been done yet */
 esp_status esp_calibrate(esp_engine *e, const esp_recipe *r, const esp_train_data *d, int task);
 /* Values trained, and values of the base. */
 void esp_engine_parameters(const esp_engine *e, int64_t *trainable, int64_t *total);

@@ -1,5 +1,6 @@
 /* Stepping by hand, and the doors to files: sessions, inspect, matrix, report, merge, doctor, on a tiny model.
- * Mutation seen caught: the learning-rate factor ignored in esp_session_step: test_step fails. */
+ * Mutations seen caught: the learning-rate factor ignored in esp_session_step: test_step fails; esp_session_calibrate that
+ * only counts: test_calibrate fails. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -80,6 +81,100 @@ static void test_step(void **state) {
   ok(esp_session_step(s, &large, 1, &step));
   assert_true(isfinite(step.loss));
   esp_session_close(s);
+}
+
+static void compare(const char *a, const char *b, const char *what) {
+  char path[4600];
+  esp_st *x, *y;
+  snprintf(path, sizeof path, "%s/adapter_model.safetensors", a);
+  ok(esp_st_open(path, &x));
+  snprintf(path, sizeof path, "%s/adapter_model.safetensors", b);
+  ok(esp_st_open(path, &y));
+  assert_int_equal(esp_st_count(x), esp_st_count(y));
+  for (int i = 0; i < esp_st_count(x); i++) {
+    const esp_st_entry *p = esp_st_at(x, i), *q = esp_st_find(y, p->name);
+    if (!q || p->bytes != q->bytes || p->dtype != q->dtype)
+      fail_msg("%s: %s has %lld bytes, the run %lld", what, p->name, (long long)p->bytes,
+               (long long)(q ? q->bytes : -1));
+    if (p->dtype != ESP_F32) assert_memory_equal(p->data, q->data, (size_t)p->bytes);
+    for (int64_t k = 0; p->dtype == ESP_F32 && k < p->bytes / 4; k++) {
+      double u = ((const float *)p->data)[k], v = ((const float *)q->data)[k];
+      if (!(fabs(u - v) <= 1e-5)) fail_msg("%s: %s[%lld] is %g, the run has %g", what, p->name, (long long)k, u, v);
+    }
+  }
+  esp_st_close(x);
+  esp_st_close(y);
+}
+
+/* What starts from data refuses to compute before it has seen some, by name; afterwards it stands where a run on the
+ * same sample does, after a step of each. */
+static void test_calibrate(void **state) {
+  static const char *const starts[][2] = {{"adapter.init=eva", "adapter.init eva"},
+                                          {"adapter.init=corda", "adapter.init corda"},
+                                          {"adapter.init=lora_ga", "adapter.init lora_ga"},
+                                          {"adapter.type=fish", "an adapter of type fish"}};
+  static const char prompt[] = "item 7 is ", answer[] = "red and green";
+  char run[4300], stepped[4300], out[4400], yaml[600], path[4300];
+  snprintf(run, sizeof run, "%s/shown", root);
+  snprintf(stepped, sizeof stepped, "%s/stepped", root);
+  snprintf(path, sizeof path, "%s/r.yaml", root);
+  ok(tiny_write(root, "one.jsonl", "{\"prompt\": \"item 7 is \", \"completion\": \"red and green\"}\n"));
+  for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {
+    const char *own[] = {"model.dtype=fp32", "adapter.r=4", "adapter.alpha=8",
+                         "optim.lr=1e-2",    starts[i][0],  "optim.max_grad_norm=1"};
+    const char *prompts[] = {prompt}, *answers[] = {answer};
+    esp_session *s = NULL;
+    esp_job *job = NULL;
+    esp_step_result r;
+    esp_run_result result;
+    char *text;
+    ok(esp_session_open(model, own, 6, &s));
+    ok(esp_session_attach(s, NULL));
+    assert_int_equal(esp_session_step_text(s, prompts, answers, 1, &r), ESP_ERR_RECIPE);
+    assert_non_null(strstr(esp_error_message(), starts[i][1]));
+    assert_non_null(strstr(esp_error_message(), "esp_session_calibrate"));
+    assert_null(strchr(esp_error_message(), '\n'));
+    assert_int_equal(esp_session_generate(s, prompts, 1, NULL, &text), ESP_ERR_RECIPE);
+    assert_int_equal(esp_session_save(s, stepped), ESP_ERR_RECIPE);
+    int32_t *a, *b, ids[64];
+    int64_t n, m;
+    float weights[64] = {0};
+    ok(esp_session_encode(s, prompt, 0, &a, &n));
+    ok(esp_session_encode(s, answer, 0, &b, &m));
+    memcpy(ids, a, (size_t)n * 4);
+    memcpy(ids + n, b, (size_t)m * 4);
+    ids[n + m] = esp_session_eos(s);
+    for (int64_t k = n; k <= n + m; k++) weights[k] = 1;
+    esp_example sample = {ids, weights, n + m + 1};
+    ids[0] += 1000; /* a mistake leaves the session usable */
+    assert_int_equal(esp_session_calibrate(s, &sample, 1, 1), ESP_ERR_DATA);
+    ids[0] -= 1000;
+    assert_int_equal(esp_session_calibrate(s, &sample, 1, 0), ESP_ERR_DATA);
+    ok(esp_session_calibrate(s, &sample, 1, 1));
+    ok(esp_session_calibrate(s, &sample, 1, 1)); /* it has its start: nothing to do */
+    ok(esp_session_step(s, &sample, 1, &r));
+    ok(esp_session_save(s, stepped));
+    esp_session_close(s);
+    snprintf(yaml, sizeof yaml,
+             "model: {base_model: model, dtype: fp32}\nadapter: {r: 4, alpha: 8}\noptim: {lr: 1e-2, max_grad_norm: "
+             "1}\nschedule: {name: constant, warmup: 0}\ntrain: {max_steps: 1, micro_batch_size: 1}\ntasks: [{name: t, "
+             "data: [{path: one.jsonl}]}]\n");
+    snprintf(out, sizeof out, "checkpoint.output_dir=%s", run);
+    const char *more[] = {out, starts[i][0]};
+    ok(esp_job_open_text(yaml, strlen(yaml), path, more, 2, &job));
+    ok(esp_job_run(job, &(esp_run_options){0}, &result));
+    esp_job_close(job);
+    snprintf(out, sizeof out, "%s/adapters/t", run);
+    compare(stepped, out, starts[i][1]);
+    ok(esp_session_open(model, own, 6, &s));
+    ok(esp_session_attach(s, stepped)); /* the file has its start */
+    ok(esp_session_step_text(s, prompts, answers, 1, &r));
+    esp_session_close(s);
+    esp_free(a);
+    esp_free(b);
+    ok(esp_remove_tree(run));
+    ok(esp_remove_tree(stepped));
+  }
 }
 
 static void test_mistakes(void **state) {
@@ -244,11 +339,8 @@ static int teardown(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_text),
-      cmocka_unit_test(test_step),
-      cmocka_unit_test(test_mistakes),
-      cmocka_unit_test(test_generate),
-      cmocka_unit_test(test_several_adapters),
+      cmocka_unit_test(test_text),      cmocka_unit_test(test_step),     cmocka_unit_test(test_mistakes),
+      cmocka_unit_test(test_calibrate), cmocka_unit_test(test_generate), cmocka_unit_test(test_several_adapters),
       cmocka_unit_test(test_files),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
