@@ -90,3 +90,16 @@ same_adapters gates2 half
 for task in a b; do
   cmp <(grep -v base_model gates2/adapters/$task/adapter_config.json) <(grep -v base_model half/adapters/$task/adapter_config.json) || fail "the gates of $task after a resume"
 done
+
+# a start that is merged by the first rank is every rank's
+opts=(train.epochs=1 adapter.dropout=0 model.dtype=fp32 train.micro_batch_size=1 continual.policy=new_per_task
+  'before=[merge_tasks: {method: task_arithmetic, lambda: 0.5}]')
+go 1 2 start1
+go 2 1 start2
+python3 - <<'P' || fail "a run that starts from a merge on 2 ranks is not that of one"
+import json
+one, two = (json.load(open('start%d/matrix.json' % n))['rows'] for n in (1, 2))
+worst = max(abs(x - y) / max(abs(x), 1e-3) for a, b in zip(one, two) for x, y in zip(a, b))
+print('merged start: scores within %.2e of one rank' % worst)
+assert worst < 1e-3
+P
