@@ -24,7 +24,7 @@ asan tsan coverage:
 	@scripts/setup.sh test
 	@cmake --preset $@ >/dev/null
 	@cmake --build --preset $@ -j $(JOBS)
-	@ctest --test-dir build/$@ --output-on-failure -L 'unit|ops|adapters|optim|merge|tasks|golden|fuzz'
+	@ctest --test-dir build/$@ --output-on-failure -L 'unit|ops|adapters|optim|merge|tasks|golden|fuzz|errors'
 
 # FUZZ_RUNS executions of each target
 fuzz:

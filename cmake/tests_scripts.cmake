@@ -20,6 +20,7 @@ if(MPI_C_FOUND)
   esp_script_test(dist_ranks dist ranks.sh ENV "DIST_SUITE=$<TARGET_FILE:test_dist_comm>")
 endif()
 esp_script_test(e2e_bad_input e2e bad_input.sh)
+set_property(TEST e2e_bad_input APPEND PROPERTY LABELS errors) # error paths: also under the sanitizers
 esp_script_test(e2e_verbs e2e verbs.sh)
 if(NOT ESP_SANITIZE)
   esp_script_test(e2e_install e2e install.sh)

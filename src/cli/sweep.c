@@ -31,6 +31,7 @@ typedef struct alternative {
 } alternative;
 
 typedef struct axis {
+  char *text, *key; /* key: of the first alternative */
   alternative *of;
   int n;
 } axis;
@@ -43,7 +44,7 @@ typedef struct spec { /* everything lives as long as the program */
     char *override; /* continual.order=[...]; NULL: as the recipe says */
   } orders[MAX_ORDERS];
   int n_orders;
-  char *seeds[MAX_SEEDS]; /* seed=N */
+  char *seed_text, *seeds[MAX_SEEDS]; /* seed=N */
   int n_seeds;
 } spec;
 
@@ -88,22 +89,22 @@ static bool take_alternative(const cli_args *a, char *text, const char *first_ke
 }
 
 static bool take_axis(const cli_args *a, const char *text, axis *out) {
-  char *copy = strdup(text), *key = NULL;
+  out->text = strdup(text);
   out->of = calloc(MAX_ALTERNATIVES, sizeof *out->of);
-  if (!copy || !out->of) return false;
-  for (char *at = copy; at;) {
+  if (!out->text || !out->of) return false;
+  for (char *at = out->text; at;) {
     char *bar = strchr(at, '|');
     if (bar) *bar = 0;
     if (out->n == MAX_ALTERNATIVES)
       return cli_usage_error(a->verb, "--set: more than %d alternatives", MAX_ALTERNATIVES), false;
-    if (!take_alternative(a, trim(at), key, &out->of[out->n])) return false;
+    if (!take_alternative(a, trim(at), out->key, &out->of[out->n])) return false;
     for (int i = 0; i < out->n; i++)
       if (!strcmp(out->of[i].label, out->of[out->n].label))
         return cli_usage_error(a->verb, "--set: '%s' stands twice", out->of[i].label), false;
-    if (!key && out->of[out->n].n > 0) {
-      key = strdup(out->of[out->n].overrides[0]);
-      if (!key) return false;
-      key[strcspn(key, "=")] = 0;
+    if (!out->key && out->of[out->n].n > 0) {
+      out->key = strdup(out->of[out->n].overrides[0]);
+      if (!out->key) return false;
+      out->key[strcspn(out->key, "=")] = 0;
     }
     out->n++;
     at = bar ? bar + 1 : NULL;
@@ -140,9 +141,9 @@ static bool take_orders(const cli_args *a, spec *s) {
 
 static bool take_seeds(const cli_args *a, spec *s) {
   const char *text = cli_value(a, "seeds");
-  char *copy = strdup(text ? text : "");
-  if (!copy) return false;
-  for (char *part = strtok(copy, ","); part; part = strtok(NULL, ",")) {
+  s->seed_text = strdup(text ? text : "");
+  if (!s->seed_text) return false;
+  for (char *part = strtok(s->seed_text, ","); part; part = strtok(NULL, ",")) {
     char *end;
     part = trim(part);
     errno = 0;
@@ -153,9 +154,9 @@ static bool take_seeds(const cli_args *a, spec *s) {
     char *override = malloc(32);
     if (!override) return false;
     sprintf(override, "seed=%lld", v);
-    for (int i = 0; i < s->n_seeds; i++)
-      if (!strcmp(s->seeds[i], override)) return cli_usage_error(a->verb, "--seeds: %lld stands twice", v), false;
     s->seeds[s->n_seeds++] = override;
+    for (int i = 0; i + 1 < s->n_seeds; i++)
+      if (!strcmp(s->seeds[i], override)) return cli_usage_error(a->verb, "--seeds: %lld stands twice", v), false;
   }
   if (text && s->n_seeds == 0) return cli_usage_error(a->verb, "--seeds: names none"), false;
   return true;
@@ -209,7 +210,7 @@ static void place(sweep *s, sweep_run *r) {
 static int look(sweep *s, sweep_run *r) {
   static const char *all[CLI_MAX_ARGS + SWEEP_OVERRIDES + 2];
   char output[SWEEP_PATH + 64];
-  esp_job *job;
+  esp_job *job = NULL;
   int n = 0;
   for (int i = 0; i < s->args->n_overrides; i++)
     if (!strchr(s->args->overrides[i], '|')) all[n++] = s->args->overrides[i];
@@ -224,9 +225,9 @@ static int look(sweep *s, sweep_run *r) {
     r->seed = (int64_t)esp_job_seed(job);
     if (!r->variant && !(r->variant = strdup(esp_job_name(job)))) st = ESP_ERR_MEMORY;
   }
-  if (st != ESP_OK) return cli_fail(st);
+  int code = st == ESP_OK ? 0 : cli_fail(st);
   esp_job_close(job);
-  return 0;
+  return code;
 }
 
 static int add_run(sweep *s, const spec *p, const char *recipe, const alternative *const *chosen, const char *variant,
@@ -338,8 +339,9 @@ static int split_work(sweep *s) {
 }
 
 static int run_sweep(cli_args *a) {
-  static spec p;
-  sweep s = {.args = a, .out = cli_value(a, "out")};
+  static spec p; /* what they point to lives as long as the process */
+  static sweep s;
+  s.args = a, s.out = cli_value(a, "out");
   if (strpbrk(s.out, "'\n") || strlen(s.out) > SWEEP_PATH / 2 || !*s.out)
     return cli_usage_error(a->verb, "--out: '%.80s' cannot be used as a folder", s.out);
   int code = split_work(&s);
@@ -363,7 +365,6 @@ static int run_sweep(cli_args *a) {
     }
     if (code == ESP_ERR_INTERRUPTED) fputs("espalier sweep: stopped; the same command goes on\n", stderr);
   }
-  free(s.runs);
   return code;
 }
 
