@@ -191,9 +191,12 @@ const esp_strategy_kind esp_strategy_ilora = {
 
 /* ---- coin_ema ---- */
 
+/* One tensor as rows of up to LONG: short rows cost more in what is done once a row than in themselves. */
+enum { LONG = 8192 };
 static esp_tensor part(esp_tensor flat, const esp_param *p) {
-  int64_t rows = p->ndim == 2 ? p->shape[0] : 1;
-  return esp_tensor_2d((float *)flat.data + p->offset, ESP_F32, rows, p->numel / rows);
+  int64_t rows = p->ndim == 2 ? p->shape[0] : 1, cols = p->numel / rows;
+  for (; rows % 2 == 0 && 2 * cols <= LONG; rows /= 2) cols *= 2;
+  return esp_tensor_2d((float *)flat.data + p->offset, ESP_F32, rows, cols);
 }
 
 static esp_status coin_begin(esp_strategy *s, const esp_sequence *q) {
@@ -232,18 +235,25 @@ static esp_status coin_step(esp_strategy *s, const esp_sequence *q, const esp_st
   esp_tensor slow = esp_strategy_flat(s, "slow", q), before = esp_strategy_flat(s, "before", q);
   esp_tensor fast = esp_sequence_masters(q), g = esp_sequence_gradient(q);
   int64_t mark = esp_stack_mark(q->stack), bytes = (int64_t)ps->count * 6 * (int64_t)sizeof(double);
-  esp_tensor zero = esp_stack_tensor(q->stack, ESP_F32, 1, ps->total);
+  int64_t widest = 1;
+  for (int i = 0; i < ps->count; i++) {
+    esp_tensor t = part(fast, &ps->list[i]);
+    if (esp_tensor_cols(&t) > widest) widest = esp_tensor_cols(&t);
+  }
+  void *zero = esp_stack_tensor(q->stack, ESP_F32, 1, widest).data;
   double *sums = esp_stack_tensor(q->stack, ESP_F32, 1, bytes / 4).data; /* of each tensor a, b and c, and a gap each */
   double *host = esp_mem_alloc(ESP_MEM_HOST, (size_t)bytes);
   esp_status st = host ? ESP_OK : ESP_ERR_MEMORY;
   if (st != ESP_OK) goto out;
-  op->zero(q->be, zero.data, ps->total * (int64_t)sizeof(float));
+  op->zero(q->be, zero, widest * (int64_t)sizeof(float));
   op->zero(q->be, sums, bytes);
   for (int i = 0; i < ps->count; i++) {
     const esp_param *p = &ps->list[i];
     if (p->frozen) continue;
+    esp_tensor nothing = part(g, p); /* every row is the same zeros */
+    nothing.data = zero, nothing.ld = 0;
     distance(q, part(fast, p), part(slow, p), ones, sums + 6 * i);
-    distance(q, part(g, p), part(zero, p), ones, sums + 6 * i + 2);
+    distance(q, part(g, p), nothing, ones, sums + 6 * i + 2);
     distance(q, part(g, p), part(before, p), ones, sums + 6 * i + 4);
   }
   op->download(q->be, host, sums, bytes);
