@@ -1,8 +1,7 @@
 /* gemm_added.c: a packed weight with sparse matrices added to it, made anew for each product: each block of 32 x 32 is
  * copied (or exchanged, for the product with the transpose) and the entries of its panel are added while it is in the
  * first-level cache. Sums are fp32, rounded to bf16 as a merge would. Against a product of its own on dense tiles this
- * spares all of the arithmetic; against an entry of its own per token it pays above one entry in 25, because every
- * block has to be made. */
+ * spares all of the arithmetic. */
 #include <string.h>
 
 #include "backend/cpu/gemm.h"

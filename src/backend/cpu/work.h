@@ -26,16 +26,19 @@ int64_t esp_cpu_work_attn_bwd(const esp_attn_args *a);
 static inline int64_t esp_cpu_work_decode(const esp_decode_args *a) {
   return (a->max_len + 15) / 16 * 64 * esp_threads_count();
 }
-/* ops_sparse.c: whether through dense rows, and so many of them at a time. */
-enum { ESP_SPARSE_ROWS = 256 };
+/* ops_sparse.c: whether through tiles of the dense matrix, and so many rows of it at a time. Entry by entry turns x by
+ * columns and writes y by columns whatever the number of entries, which tiles beat down to about one entry in 10000. */
+enum { ESP_SPARSE_ROWS = 256, ESP_SPARSE_LEAST = 20000 };
+static inline bool esp_cpu_sparse_tiles(const esp_tensor *x, const esp_csr *s, int64_t cols) {
+  return esp_cpu_isa() == ESP_ISA_AMX && esp_is_b(x) && esp_tensor_rows(x) >= 32 &&
+         s->entries * ESP_SPARSE_LEAST > s->rows * cols;
+}
 static inline bool esp_cpu_sparse_dense(const esp_tensor *y, const esp_tensor *x, const esp_csr *s) {
-  return esp_cpu_isa() == ESP_ISA_AMX && esp_is_b(y) && esp_is_b(x) && esp_tensor_rows(x) >= 32 &&
-         s->entries * 25 > s->rows * esp_tensor_cols(x);
+  return esp_is_b(y) && esp_cpu_sparse_tiles(x, s, esp_tensor_cols(x));
 }
 /* gemm_added.c: whether it is added to a packed weight instead. */
 static inline bool esp_cpu_adds(const esp_tensor *x, const esp_wview *w, const esp_csr *m) {
-  return esp_cpu_isa() == ESP_ISA_AMX && esp_is_b(x) && esp_tensor_rows(x) >= 32 && m->entries * 25 > m->rows * w->in &&
-         esp_cpu_pack_bytes(w->out, w->in, ESP_BF16) <= ESP_GEMM_SHARED;
+  return esp_cpu_sparse_tiles(x, m, w->in) && esp_cpu_pack_bytes(w->out, w->in, ESP_BF16) <= ESP_GEMM_SHARED;
 }
 static inline int64_t esp_cpu_work_sparse(const esp_tensor *y, const esp_tensor *x, const esp_csr *s, bool grad) {
   int64_t cols = esp_tensor_cols(x);
