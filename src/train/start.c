@@ -88,9 +88,10 @@ esp_status esp_plan_merge(esp_engine *e, int i) {
     if (sites[s]->kind == ESP_SITE_LINEAR && !sites[s]->is_head && sites[s]->out * sites[s]->in > largest)
       largest = sites[s]->out * sites[s]->in;
   /* the adapters, their factors, what is written and read again; of one site its change, a decomposition of it, and a
-   * block of each; histograms of magnitudes */
+   * block of each; what opening models takes, and histograms of magnitudes */
   int64_t block = largest < (1 << 18) ? largest : 1 << 18;
-  int64_t bytes = 4 * ((chained(e->r) ? 0 : i + 3) * values + 6 * largest + (i + 2) * block) + (1 << 20);
+  int64_t bytes = 4 * ((chained(e->r) ? 0 : i + 3) * values + 6 * largest + (i + 2) * block) + (3 << 17);
+  if (e->r->tasks[i].start->method.n_density > 0) bytes += 1 << 20;
   esp_mem_account(ESP_MEM_WORKSPACE, bytes);
   esp_mem_account(ESP_MEM_WORKSPACE, -bytes);
   if (chained(e->r)) return ESP_OK;

@@ -25,7 +25,8 @@ for recipe in *.yaml; do
 import json, sys
 name, r = sys.argv[2], json.load(open(sys.argv[1]))
 ratio = r["memory_peak"] / r["planned_memory_peak"]
-low = 0.85 if name in ("osf", "gpm", "nullspace") else 0.98  # bases as large as the data can make them
+# bases as large as the data can make them; a merge between tasks as large as any method makes it
+low = 0.85 if name in ("osf", "gpm", "nullspace", "merge_between") else 0.98
 high = 1.01 if name in ("ncm", "migu") else 1
 sys.exit(None if low <= ratio <= high else f"a peak of {ratio:.4f} of the plan")
 END
