@@ -10,9 +10,9 @@
  * compressed rows and its transpose sharing one list of values. Nothing is masked, so nothing leaks: weight decay acts
  * on the change alone, and gradients and optimizer state have the size of the mask. Backward: dvalue = sum over tokens
  * of dy[row] x[column], dx += D^T dy. A backend may take D into the product with W instead of making one of its own
- * (linear_adds): W + D is then rounded to the compute type, as the merged weight is. The mask is chosen by one pass over
- * a few micro-batches before training; `random` is the control of the paper. The file holds the values, the entries of
- * each row, and their columns. */
+ * (linear_adds): W + D is then rounded to the compute type, as the merged weight is. The mask is chosen by one pass
+ * over a few micro-batches before training; `random` is the control of the paper. The file holds the values, the
+ * entries of each row, and their columns. */
 #include <stdio.h>
 #include <string.h>
 

@@ -1,6 +1,6 @@
 /* Stepping by hand, and the doors to files: sessions, inspect, matrix, report, merge, doctor, on a tiny model.
- * Mutations seen caught: the learning-rate factor ignored in esp_session_step: test_step fails; esp_session_calibrate that
- * only counts: test_calibrate fails. */
+ * Mutations seen caught: the learning-rate factor ignored in esp_session_step: test_step fails; esp_session_calibrate
+ * that only counts: test_calibrate fails. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,8 +1,8 @@
-/* ops_sparse.c: products with sparse matrices (backend.h) on the cpu. Entry by entry: block after block of tokens, first
- * turned into columns, then row by row of the matrix. The tiles of AMX are faster on a dense matrix, zeros and all,
- * unless there is next to nothing in it: some rows of it at a time, in scratch; of a gradient 32 rows at a time, from
- * which the entries are picked while they are in the cache. Values are rounded to bf16 there, as those of every other
- * adapter are. */
+/* ops_sparse.c: products with sparse matrices (backend.h) on the cpu. Entry by entry: block after block of tokens,
+ * first turned into columns, then row by row of the matrix. The tiles of AMX are faster on a dense matrix, zeros and
+ * all, unless there is next to nothing in it: some rows of it at a time, in scratch; of a gradient 32 rows at a time,
+ * from which the entries are picked while they are in the cache. Values are rounded to bf16 there, as those of every
+ * other adapter are. */
 #include <assert.h>
 #include <string.h>
 
