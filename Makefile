@@ -18,13 +18,13 @@ test:
 	@scripts/setup.sh test
 	@cmake --preset release -DESP_TESTS=ON >/dev/null
 	@cmake --build --preset release -j $(JOBS)
-	@ctest --test-dir build/release --output-on-failure
+	@ctest --test-dir build/release --output-on-failure -j $(JOBS)
 
 asan tsan coverage:
 	@scripts/setup.sh test
 	@cmake --preset $@ >/dev/null
 	@cmake --build --preset $@ -j $(JOBS)
-	@ctest --test-dir build/$@ --output-on-failure -L 'unit|ops|adapters|optim|merge|tasks|golden|fuzz|errors'
+	@ctest --test-dir build/$@ --output-on-failure -j $(JOBS) -L 'unit|ops|adapters|optim|merge|tasks|golden|fuzz|errors'
 
 # FUZZ_RUNS executions of each target
 fuzz:

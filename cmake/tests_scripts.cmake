@@ -6,11 +6,12 @@ add_executable(make_tiny ${CMAKE_SOURCE_DIR}/tests/make_tiny.c)
 target_link_libraries(make_tiny PRIVATE esp_upto_io)
 target_include_directories(make_tiny PRIVATE ${CMAKE_SOURCE_DIR}/tests)
 
-# esp_script_test(<name> <suite> <script> [ENV name=value ...])
+# esp_script_test(<name> <suite> <script> [ENV name=value ...]). They start programs with threads of their own, stop them
+# by signals and wait for them: nothing runs beside them.
 function(esp_script_test name suite script)
   cmake_parse_arguments(T "" "" "ENV" ${ARGN})
   add_test(NAME ${name} COMMAND bash ${CMAKE_SOURCE_DIR}/tests/${suite}/${script} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
-  set_tests_properties(${name} PROPERTIES LABELS ${suite} TIMEOUT 900 SKIP_RETURN_CODE 77 ENVIRONMENT
+  set_tests_properties(${name} PROPERTIES LABELS ${suite} TIMEOUT 900 SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT
     "ESPALIER=$<TARGET_FILE:espalier_bin>;MAKE_TINY=$<TARGET_FILE:make_tiny>;ESP_SOURCE_DIR=${CMAKE_SOURCE_DIR};ESP_BINARY_DIR=${CMAKE_BINARY_DIR};ESP_SHARED_DIR=${CMAKE_SOURCE_DIR}/../shared;CC=${CMAKE_C_COMPILER};${T_ENV}")
 endfunction()
 
