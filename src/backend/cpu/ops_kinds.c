@@ -59,13 +59,12 @@ typedef uint16_t eight __attribute__((vector_size(16)));
 /* A tile of 8 x 8 halfwords in registers, of which na rows and nb columns are there. */
 static inline __attribute__((always_inline)) void turn_tile(uint16_t *y, int64_t ldy, const uint16_t *x, int64_t ldx,
                                                             const int na, const int nb) {
-  const eight low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
   eight r[8] = {{0}}, s[8];
   for (int i = 0; i < na; i++) memcpy(&r[i], x + i * ldx, (size_t)nb * 2);
   for (int round = 0; round < 3; round++) { /* rows i and i + 4 are shuffled together, three times */
     for (int i = 0; i < 4; i++) {
-      s[2 * i] = __builtin_shuffle(r[i], r[i + 4], low);
-      s[2 * i + 1] = __builtin_shuffle(r[i], r[i + 4], high);
+      s[2 * i] = __builtin_shufflevector(r[i], r[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      s[2 * i + 1] = __builtin_shufflevector(r[i], r[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
     }
     memcpy(r, s, sizeof r);
   }
