@@ -159,7 +159,7 @@ static void rank_gate_bwd_part(const void *op, const esp_kernels *k, int64_t r0,
   const gate_op *o = op;
   k->rank_gate_bwd(o->y, o->dy, o->x, o->g, r0, r1);
 }
-static inline bool gate_fits(esp_tensor t, const esp_gate *g) {
+__attribute__((unused)) static bool gate_fits(esp_tensor t, const esp_gate *g) {
   return g->parts * g->width <= ESP_GATE_MOST && esp_tensor_cols(&t) == (g->parts - 1) * g->step + g->width;
 }
 void esp_cpu_rank_gate(esp_backend *be, esp_tensor y, esp_tensor x, const esp_gate *g) {
