@@ -4,9 +4,9 @@
  * change is of full rank.
  *
  * W (I + M) is a function of W, so that the kind makes the product itself, over dense rows of the frozen weight: CHUNK
- * rows at a time (never all of it), one product of blocks, at r/T of the cost of the base product over T tokens. What M
- * does alone is a MiSS: y += (sum of shards) M^T, a tail. Backward, per chunk: dx += dy W (I + M); dW' = dy^T x, the
- * one product that LoRA does not have; dM_i += sum_j W_ij^T dW'_ij. W (I + M) and dW' are rounded to the compute type.
+ * rows at a time, one product of blocks, at r/T of the cost of the base product over T tokens. What M does alone is a
+ * MiSS: y += (sum of shards) M^T, a tail. Backward, per chunk: dx += dy W (I + M); dW' = dy^T x, the one product that
+ * LoRA does not have; dM_i += sum_j W_ij^T dW'_ij. W (I + M) and dW' are rounded to the compute type.
  */
 #include <stdio.h>
 #include <string.h>
@@ -14,7 +14,7 @@
 #include "adapters/internal.h"
 #include "io/json.h"
 
-enum { CHUNK = 256 };
+enum { CHUNK = 768 }; /* rows; smaller matrices are taken whole, larger ones never */
 
 typedef struct bat_site {
   int m;
