@@ -25,6 +25,18 @@ int64_t esp_score_samples_of(const esp_dataset *d, const esp_score_cfg *cfg) {
   return cfg->limit > 0 && cfg->limit < n ? cfg->limit : n;
 }
 
+int esp_score_rows(const esp_dataset *d, const esp_score_cfg *cfg, int64_t more, int most, int64_t *at,
+                   int64_t *index) {
+  int64_t samples = esp_score_samples_of(d, cfg), tokens = 0;
+  int n = 0;
+  for (; *at < samples && n < most; *at += cfg->size) {
+    tokens += esp_dataset_prompt_len(d, *at) + more;
+    if (n > 0 && tokens > cfg->batch_tokens) break;
+    index[n++] = *at;
+  }
+  return n;
+}
+
 static esp_status perplexity(esp_model *m, const esp_dataset *d, esp_stack *stack, const esp_score_cfg *cfg,
                              esp_score_sums *out) {
   esp_status st = ESP_OK;

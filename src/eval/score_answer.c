@@ -33,22 +33,13 @@ out:
 esp_status esp_score_answered_choice(const esp_dataset *d, const esp_score_cfg *cfg, esp_score_sums *out) {
   enum { MOST = 256 };
   const char *const *names, *answers[MOST];
-  int64_t index[MOST], n = esp_score_samples_of(d, cfg), tokens = 0;
-  int pending = 0;
+  int64_t index[MOST], at = cfg->rank;
   (void)esp_dataset_labels(d, &names, NULL);
-  for (int64_t i = cfg->rank; i < n + cfg->size; i += cfg->size) {
-    int64_t need = i < n ? esp_dataset_prompt_len(d, i) : 0;
-    if (pending > 0 && (i >= n || pending == MOST || tokens + need > cfg->batch_tokens)) {
-      ESP_TRY(esp_score_answer(d, cfg, index, pending, answers));
-      for (int k = 0; k < pending; k++) out->num += !strcmp(answers[k], names[esp_dataset_label(d, index[k])]);
-      out->den += pending;
-      out->samples += pending;
-      pending = 0;
-      tokens = 0;
-    }
-    if (i >= n) break;
-    index[pending++] = i;
-    tokens += need;
+  for (int n; (n = esp_score_rows(d, cfg, 0, MOST, &at, index)) > 0;) {
+    ESP_TRY(esp_score_answer(d, cfg, index, n, answers));
+    for (int k = 0; k < n; k++) out->num += !strcmp(answers[k], names[esp_dataset_label(d, index[k])]);
+    out->den += n;
+    out->samples += n;
   }
   return ESP_OK;
 }

@@ -22,6 +22,9 @@ void esp_batcher_deinit(esp_batcher *b);
 
 /* How many samples of the set count. */
 int64_t esp_score_samples_of(const esp_dataset *d, const esp_score_cfg *cfg);
+/* This rank's next rows, from *at (cfg->rank at first) on: at least one, and as many up to `most` as batch_tokens has
+ * room for with their prompts and `more` tokens behind each. Returns how many; 0: there are no more. */
+int esp_score_rows(const esp_dataset *d, const esp_score_cfg *cfg, int64_t more, int most, int64_t *at, int64_t *index);
 esp_status esp_score_generated(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
                                const esp_score_cfg *cfg, esp_score_sums *out);
 /* Whether a strategy answers the rows of the set itself, its answers as texts of labels, and the share of them that are

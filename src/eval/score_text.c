@@ -149,19 +149,9 @@ static esp_status generated_batch(esp_model *m, const esp_tokenizer *tok, const 
 
 esp_status esp_score_generated(esp_model *m, const esp_tokenizer *tok, const esp_dataset *d, esp_stack *stack,
                                const esp_score_cfg *cfg, esp_score_sums *out) {
-  int64_t n = esp_score_samples_of(d, cfg), index[MAX_BATCH], tokens = 0;
-  int pending = 0;
-  for (int64_t i = cfg->rank; i < n + cfg->size; i += cfg->size) {
-    int64_t need = i < n ? esp_dataset_prompt_len(d, i) + cfg->max_new_tokens : 0;
-    if (pending > 0 && (i >= n || pending == MAX_BATCH || tokens + need > cfg->batch_tokens)) {
-      ESP_TRY(generated_batch(m, tok, d, stack, cfg, index, pending, out));
-      pending = 0;
-      tokens = 0;
-    }
-    if (i >= n) break;
-    index[pending++] = i;
-    tokens += need;
-  }
+  int64_t index[MAX_BATCH], at = cfg->rank;
+  for (int n; (n = esp_score_rows(d, cfg, cfg->max_new_tokens, MAX_BATCH, &at, index)) > 0;)
+    ESP_TRY(generated_batch(m, tok, d, stack, cfg, index, n, out));
   return ESP_OK;
 }
 
