@@ -169,6 +169,9 @@ typedef struct esp_adapter_kind {
   esp_status (*init)(esp_adapter *a, esp_site *s);
   esp_status (*start)(esp_adapter *a); /* optional: the same for parameters that belong to no site */
 
+  /* Optional: before every forward pass, and never in a recording of one: what is made of parameters that have changed
+   * since (params->writes, ->steps). */
+  esp_status (*pass)(esp_adapter *a);
   /* the step: see esp_adapter_hooks for the contract of each; NULL: does nothing */
   void (*input)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor *x, void **slot);
   int (*tails)(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max, void **slot);

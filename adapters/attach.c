@@ -195,6 +195,8 @@ static void on_kv_bwd(void *ctx, esp_run *run, int layer, esp_tensor dk, esp_ten
 
 static esp_status on_begin(void *ctx, esp_run *run) {
   active_set *c = ctx;
+  for (int k = 0; k < c->n; k++)
+    if (c->list[k]->kind->pass) ESP_TRY(c->list[k]->kind->pass(c->list[k]));
   return esp_rows_begin(&c->rows, run, c->list, c->n);
 }
 

@@ -75,6 +75,7 @@ static esp_status init(esp_adapter *a, esp_site *s) {
 
 static void destroy(esp_adapter *a) {
   mora_rank *m = a->impl;
+  esp_task_ranks_destroy(a);
   if (m && m->sums) a->params->be->ops->free(a->params->be, m->sums);
 }
 
@@ -132,7 +133,7 @@ static bool mean_of(const esp_adapter *a, const esp_task_group *tg, const esp_si
   for (int t = 0; t <= tr->current; t++) {
     esp_params_get(a->params, ts->b[t], b);
     for (int64_t k = 0; k < ts->r; k++) {
-      const float *at = sums + t * tg->width + ts->t0 + k;
+      const float *at = sums + ts->t0 * (tr->current + 1) + t * ts->r + k;
       double zt = at[0], tt = at[row], zz = at[2 * row], size = 0;
       for (int64_t o = 0; o < s->out; o++) size += (double)b[o * ts->r + k] * b[o * ts->r + k];
       any |= tt > 0;
@@ -321,6 +322,7 @@ const esp_adapter_kind esp_kind_mora_rank = {
     .declare = declare,
     .init = init,
     .loaded = make_sums,
+    .pass = esp_task_ranks_pass,
     .tails = esp_task_ranks_tails,
     .output = esp_task_ranks_output,
     .tails_bwd = tails_bwd,

@@ -21,16 +21,6 @@ static bool squared(const esp_adapter_cfg *c) {
   return c->orthogonal && strcmp(c->orthogonal, "frobenius") == 0;
 }
 
-/* Columns and rows of group `tg` that belong to one site. */
-static bool same_site(const esp_adapter *a, const esp_task_group *tg, int64_t row, int64_t col) {
-  int64_t at = row % tg->width;
-  for (int i = 0; i < tg->n; i++) {
-    const esp_task_site *ts = a->site_state[tg->sites[i]->index];
-    if (at >= ts->t0 && at < ts->t0 + ts->r) return col >= ts->t0 && col < ts->t0 + ts->r;
-  }
-  return false;
-}
-
 static esp_status make_room(esp_adapter *a, int64_t size) {
   esp_task_ranks *tr = a->impl;
   esp_backend *be = a->params->be;
@@ -45,13 +35,21 @@ static esp_status make_room(esp_adapter *a, int64_t size) {
   return ESP_OK;
 }
 
-static double penalty_of(const esp_adapter *a, const esp_task_group *tg, float *o, int64_t rows) {
+/* The penalty on a site's own blocks of a group's O, which become its derivative; the others become 0. */
+static double penalty_of(const esp_adapter *a, const esp_task_group *tg, float *o, int earlier) {
   double sum = 0;
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < tg->width; j++) {
-      float *x = &o[i * tg->width + j], v = same_site(a, tg, i, j) ? *x : 0.0f;
-      sum += squared(&a->cfg) ? (double)v * v : fabs((double)v);
-      *x = squared(&a->cfg) ? 2.0f * v : v > 0 ? 1.0f : v < 0 ? -1.0f : 0.0f;
+  bool square = squared(&a->cfg);
+  for (int t = 0; t < earlier; t++)
+    for (int i = 0; i < tg->n; i++) {
+      const esp_task_site *ts = a->site_state[tg->sites[i]->index];
+      for (int64_t p = 0; p < ts->r; p++, o += tg->width) {
+        memset(o, 0, (size_t)ts->t0 * sizeof *o);
+        memset(o + ts->t0 + ts->r, 0, (size_t)(tg->width - ts->t0 - ts->r) * sizeof *o);
+        for (float *x = o + ts->t0; x < o + ts->t0 + ts->r; x++) {
+          sum += square ? (double)*x * *x : fabs((double)*x);
+          *x = square ? 2.0f * *x : (float)((*x > 0) - (*x < 0));
+        }
+      }
     }
   return sum;
 }
@@ -95,7 +93,7 @@ static double olora_before_step(esp_adapter *a, int64_t step, int64_t total) {
     for (int i = 0; i < n; i++) {
       const esp_task_group *tg = a->group_state[i];
       if (!tg) continue;
-      sum += penalty_of(a, tg, tr->overlap_host + at, earlier * tg->width);
+      sum += penalty_of(a, tg, tr->overlap_host + at, earlier);
       at += earlier * tg->width * tg->width;
     }
     be->ops->upload(be, tr->overlap, tr->overlap_host, size * 4);
@@ -114,6 +112,7 @@ static bool olora_factors(const esp_adapter *a, const esp_site *s, int *A, int *
 static void olora_destroy(esp_adapter *a) {
   esp_task_ranks *tr = a->impl;
   if (!tr) return;
+  esp_task_ranks_destroy(a);
   if (tr->overlap) a->params->be->ops->free(a->params->be, tr->overlap);
   esp_mem_free(tr->overlap_host);
 }
@@ -151,6 +150,7 @@ const esp_adapter_kind esp_kind_olora_cl = {
     .open = esp_task_ranks_open,
     .declare = esp_task_ranks_declare,
     .init = esp_task_ranks_init,
+    .pass = esp_task_ranks_pass,
     .tails = esp_task_ranks_tails,
     .output = esp_task_ranks_output,
     .tails_bwd = esp_task_ranks_tails_bwd,

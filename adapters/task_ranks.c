@@ -149,6 +149,7 @@ esp_status esp_task_ranks_begin(esp_adapter *a, int task) {
   if (fresh) tr->furthest = task;
   if (task != tr->current) a->revision++;
   tr->current = task;
+  tr->copied = false;
   a->cfg.task = task;
   return ESP_OK;
 }
@@ -165,30 +166,101 @@ bool esp_task_ranks_in_file(const esp_adapter *a, int index) {
   return true;
 }
 
+/* ---- the copy in which the factors of a site lie side by side ---- */
+
+static int64_t whole_lines(int64_t elements) {
+  return (elements + 31) / 32 * 32;
+}
+
+/* Places the copy of every group from `at` on (NULL: only its size). Returns the elements it takes. */
+static int64_t place(const esp_adapter *a, char *at) {
+  const esp_task_ranks *tr = a->impl;
+  int64_t es = (int64_t)esp_dtype_size(a->params->shadow_dtype), n = 0;
+  esp_group **groups;
+  int n_groups = esp_model_groups(a->model, &groups);
+  for (int g = 0; g < n_groups; g++) {
+    esp_task_group *tg = a->group_state[g];
+    if (!tg) continue;
+    if (at && tg->n > 1) tg->a_all = at + n * es;
+    if (tg->n > 1) n += whole_lines(tg->width * tr->tasks * tg->sites[0]->in);
+    for (int i = 0; i < tg->n; i++) {
+      esp_task_site *ts = a->site_state[tg->sites[i]->index];
+      if (at) ts->b_all = at + n * es;
+      n += whole_lines(tg->sites[i]->out * ts->r * tr->tasks);
+    }
+  }
+  return n;
+}
+
+void esp_task_ranks_destroy(esp_adapter *a) {
+  esp_task_ranks *tr = a->impl;
+  if (tr && tr->copy) a->params->be->ops->free(a->params->be, tr->copy);
+}
+
+/* A of all tasks so far, of all sites of the group; B of one site. */
+static esp_tensor all_a(const esp_adapter *a, const esp_task_group *tg, int count) {
+  esp_tensor own = esp_params_stacked(a->params, tg->first_a[0], tg->n * count, 0);
+  return count == 1 || tg->n == 1 ? own : esp_tensor_2d(tg->a_all, own.dtype, count * tg->width, tg->sites[0]->in);
+}
+
+static esp_tensor all_b(const esp_adapter *a, const esp_site *s, int count) {
+  const esp_task_site *ts = a->site_state[s->index];
+  esp_tensor own = esp_param_shadow(a->params, ts->b[0]);
+  return count == 1 ? own : esp_tensor_2d(ts->b_all, own.dtype, s->out, ts->rank);
+}
+
+esp_status esp_task_ranks_pass(esp_adapter *a) {
+  esp_task_ranks *tr = a->impl;
+  const esp_params *ps = a->params;
+  esp_backend *be = ps->be;
+  esp_group **groups;
+  int n = esp_model_groups(a->model, &groups), count = tr->current + 1;
+  if (tr->tasks > 1 && !tr->copy) {
+    tr->copy = be->ops->alloc(be, ESP_MEM_PARAMS, place(a, NULL) * (int64_t)esp_dtype_size(ps->shadow_dtype));
+    if (!tr->copy) return esp_backend_why_null(be);
+    place(a, tr->copy);
+  }
+  bool old = tr->copied && tr->writes == ps->writes; /* the factors of earlier tasks are there */
+  if (count == 1 || (old && tr->steps == ps->steps)) return ESP_OK;
+  for (int g = 0; g < n; g++) {
+    const esp_task_group *tg = a->group_state[g];
+    for (int i = 0; tg && i < tg->n; i++) {
+      const esp_task_site *ts = a->site_state[tg->sites[i]->index];
+      esp_tensor A = all_a(a, tg, count), B = all_b(a, tg->sites[i], count);
+      for (int t = old ? tr->current : 0; t < count; t++) {
+        esp_tensor b = esp_param_shadow(ps, ts->b[t]);
+        be->ops->axpby(be, esp_tensor_cols_view(&B, t * ts->r, ts->r), 1.0f, b, 0.0f);
+        if (tg->n == 1) continue;
+        b = esp_param_shadow(ps, ts->a[t]);
+        be->ops->axpby(be, esp_tensor_rows_view(&A, ts->t0 * count + t * ts->r, ts->r), 1.0f, b, 0.0f);
+      }
+    }
+  }
+  tr->copied = true;
+  tr->writes = ps->writes;
+  tr->steps = ps->steps;
+  return ESP_OK;
+}
+
 /* ---- the step; see lora.c for what it has in common with it ---- */
 
-/* The columns of task `t` of site `ts` in T. */
-static esp_tensor part(const esp_task_group *tg, const esp_task_site *ts, int t, const esp_tensor *x) {
-  return esp_tensor_cols_view(x, t * tg->width + ts->t0, ts->r);
+/* The columns of a site in T: of all tasks so far, and of the present one. */
+static esp_tensor all_of(const esp_task_site *ts, int count, const esp_tensor *x) {
+  return esp_tensor_cols_view(x, ts->t0 * count, ts->rank);
+}
+static esp_tensor now_of(const esp_task_site *ts, int count, const esp_tensor *x) {
+  return esp_tensor_cols_view(x, ts->t0 * count + ts->rank - ts->r, ts->r);
 }
 
 /* Selectors act as their fp32 masters: near 1, a step of training is below the resolution of bf16. */
-static esp_tensor selector(const esp_adapter *a, const esp_task_site *ts, int t, bool grad) {
+static esp_tensor selector(const esp_adapter *a, const esp_task_site *ts, bool grad) {
   int index = ts->sel[esp_task_ranks_of(a)->current];
   esp_tensor x = grad ? esp_param_grad(a->params, index) : esp_param_master(a->params, index);
-  return esp_tensor_1d((float *)x.data + t * ts->r, ESP_F32, ts->r);
+  return esp_tensor_1d(x.data, ESP_F32, ts->rank);
 }
 
-/* All ranks of a site in T, of all tasks so far. */
-static esp_tensor span(const esp_task_group *tg, const esp_task_site *ts, int count, const esp_tensor *x) {
-  return esp_tensor_cols_view(x, ts->t0, (count - 1) * tg->width + ts->r);
-}
-
-static esp_gate gate_of(const esp_adapter *a, const esp_task_group *tg, const esp_task_site *ts, int count) {
-  return (esp_gate){.parts = count,
-                    .width = ts->r,
-                    .step = tg->width,
-                    .top = a->cfg.gate_top_k,
+static esp_gate gate_of(const esp_adapter *a, const esp_task_site *ts) {
+  return (esp_gate){.top = a->cfg.gate_top_k,
                     .tau = (float)a->cfg.gate_temperature,
                     .threshold = (float)a->cfg.gate_threshold,
                     .scale = site_scale(a, ts)};
@@ -199,49 +271,43 @@ int esp_task_ranks_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor 
   esp_task_group *tg = a->group_state[g->index];
   if (!tg) return 0;
   const esp_backend_ops *ops = run->be->ops;
-  int count = esp_task_ranks_of(a)->current + 1, n = 0;
+  int count = esp_task_ranks_of(a)->current + 1;
   int64_t rows = esp_tensor_rows(&x), width = tg->width * count;
   bool gates =
       esp_task_ranks_gates(a); /* of T as it is: bf16 would move the gates by its rounding over the temperature */
   tg->t = tg->ts = esp_stack_tensor(run->stack, gates ? ESP_F32 : run->compute, rows, width);
   if (esp_task_ranks_select(a) || gates) tg->ts = esp_stack_tensor(run->stack, run->compute, rows, width);
   int64_t mark = esp_stack_mark(run->stack);
-  esp_tensor stacked = esp_params_stacked(a->params, tg->first_a[0], tg->n * count, 0);
   const esp_task_site *first = a->site_state[tg->sites[0]->index];
-  ops->matmul(run->be, tg->t, esp_dropped(a, run, g, x), false, stacked, true,
+  ops->matmul(run->be, tg->t, esp_dropped(a, run, g, x), false, all_a(a, tg, count), true,
               tg->uniform && !gates ? site_scale(a, first) : 1.0f, 0.0f);
   esp_stack_release(run->stack, mark);
-  for (int i = 0; gates && i < tg->n; i++) {
-    const esp_task_site *ts = a->site_state[tg->sites[i]->index];
-    esp_gate gate = gate_of(a, tg, ts, count);
-    ops->rank_gate(run->be, span(tg, ts, count, &tg->ts), span(tg, ts, count, &tg->t), &gate);
+  tg->late_fwd = max < tg->n;
+  for (int i = 0; i < tg->n; i++) {
+    const esp_site *s = tg->sites[i];
+    const esp_task_site *ts = a->site_state[s->index];
+    esp_tensor raw = all_of(ts, count, &tg->t), used = all_of(ts, count, &tg->ts);
+    esp_gate gate = gate_of(a, ts);
+    if (gates) ops->rank_gate(run->be, used, raw, &gate);
+    if (!tg->uniform && !gates) ops->axpby(run->be, raw, site_scale(a, ts), raw, 0.0f);
+    if (ts->sel) ops->mul_cols(run->be, used, raw, selector(a, ts, false));
+    if (!tg->late_fwd) tails[i] = (esp_tail){s->col0, used, all_b(a, s, count)};
   }
-  tg->late_fwd = max < tg->n * count;
-  for (int t = 0; t < count; t++)
-    for (int i = 0; i < tg->n; i++) {
-      const esp_task_site *ts = a->site_state[tg->sites[i]->index];
-      esp_tensor raw = part(tg, ts, t, &tg->t), used = part(tg, ts, t, &tg->ts);
-      if (!tg->uniform && !gates) ops->axpby(run->be, raw, site_scale(a, ts), raw, 0.0f);
-      if (ts->sel) ops->mul_cols(run->be, used, raw, selector(a, ts, t, false));
-      if (!tg->late_fwd) tails[n++] = (esp_tail){tg->sites[i]->col0, used, esp_param_shadow(a->params, ts->b[t])};
-    }
-  return n;
+  return tg->late_fwd ? 0 : tg->n;
 }
 
 void esp_task_ranks_output(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot) {
   esp_task_group *tg = a->group_state[g->index];
-  if (!tg || !tg->late_fwd) return;
-  for (int i = 0; i < tg->n; i++)
-    for (int t = 0; t <= esp_task_ranks_of(a)->current; t++) {
-      const esp_task_site *ts = a->site_state[tg->sites[i]->index];
-      run->be->ops->matmul(run->be, esp_tensor_cols_view(&y, tg->sites[i]->col0, tg->sites[i]->out),
-                           part(tg, ts, t, &tg->ts), false, esp_param_shadow(a->params, ts->b[t]), true, 1.0f, 1.0f);
-    }
+  int count = esp_task_ranks_of(a)->current + 1;
+  for (int i = 0; tg && tg->late_fwd && i < tg->n; i++) {
+    const esp_site *s = tg->sites[i];
+    run->be->ops->matmul(run->be, esp_tensor_cols_view(&y, s->col0, s->out),
+                         all_of(a->site_state[s->index], count, &tg->ts), false, all_b(a, s, count), true, 1.0f, 1.0f);
+  }
 }
 
-/* Tails of several tasks, beside those of other adapters, may not find room in one product. */
 bool esp_task_ranks_wants_output(const esp_adapter *a) {
-  return esp_task_ranks_of(a)->tasks > 1;
+  return false; /* only where tails do not fit */
 }
 
 int esp_task_ranks_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor dy, esp_tail *tails,
@@ -250,52 +316,52 @@ int esp_task_ranks_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_ten
   if (!tg) return 0;
   const esp_backend_ops *ops = run->be->ops;
   int current = esp_task_ranks_of(a)->current, count = current + 1;
+  int64_t rows = esp_tensor_rows(&x);
   bool gates = esp_task_ranks_gates(a);
-  tg->dt = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&x), tg->width * count);
+  tg->dt = esp_stack_tensor(run->stack, run->compute, rows, tg->width * count);
+  int64_t mark = esp_stack_mark(run->stack);
+  esp_tensor now = tg->n == 1 ? now_of(a->site_state[tg->sites[0]->index], count, &tg->dt)
+                              : esp_stack_tensor(run->stack, run->compute, rows, tg->width);
   for (int i = 0; i < tg->n; i++) {
     const esp_task_site *ts = a->site_state[tg->sites[i]->index];
     esp_tensor dyi = esp_tensor_cols_view(&dy, tg->sites[i]->col0, tg->sites[i]->out);
-    for (int t = 0; t < count; t++) {
-      esp_tensor dt = part(tg, ts, t, &tg->dt);
-      ops->matmul(run->be, dt, dyi, false, esp_param_shadow(a->params, ts->b[t]), false,
-                  ts->sel || gates ? 1.0f : site_scale(a, ts), 0.0f);
-      if (!ts->sel) continue;
-      /* T carries s already: dS = sum over tokens of T (dy B); dT = s S (dy B) */
-      if (a->trainable) ops->col_dot(run->be, selector(a, ts, t, true).data, part(tg, ts, t, &tg->t), dt);
-      ops->mul_cols(run->be, dt, dt, selector(a, ts, t, false));
+    esp_tensor dt = all_of(ts, count, &tg->dt);
+    ops->matmul(run->be, dt, dyi, false, all_b(a, tg->sites[i], count), false,
+                ts->sel || gates ? 1.0f : site_scale(a, ts), 0.0f);
+    if (ts->sel) { /* T carries s already: dS = sum over tokens of T (dy B); dT = s S (dy B) */
+      if (a->trainable) ops->col_dot(run->be, selector(a, ts, true).data, all_of(ts, count, &tg->t), dt);
+      ops->mul_cols(run->be, dt, dt, selector(a, ts, false));
       ops->axpby(run->be, dt, site_scale(a, ts), dt, 0.0f);
     }
     if (gates) { /* dT of every rank, through its own gate and those of the others */
-      esp_gate gate = gate_of(a, tg, ts, count);
-      esp_tensor dt = span(tg, ts, count, &tg->dt);
-      ops->rank_gate_bwd(run->be, dt, dt, span(tg, ts, count, &tg->t), &gate);
+      esp_gate gate = gate_of(a, ts);
+      ops->rank_gate_bwd(run->be, dt, dt, all_of(ts, count, &tg->t), &gate);
     }
-    if (a->trainable)
-      ops->matmul(run->be, esp_param_grad(a->params, ts->b[current]), dyi, true, part(tg, ts, current, &tg->ts), false,
-                  1.0f, 1.0f);
+    if (!a->trainable) continue;
+    ops->matmul(run->be, esp_param_grad(a->params, ts->b[current]), dyi, true, now_of(ts, count, &tg->ts), false, 1.0f,
+                1.0f);
+    if (tg->n > 1)
+      ops->axpby(run->be, esp_tensor_cols_view(&now, ts->t0, ts->r), 1.0f, now_of(ts, count, &tg->dt), 0.0f);
   }
-  if (a->trainable) {
-    int64_t mark = esp_stack_mark(run->stack);
-    ops->matmul(run->be, esp_params_stacked(a->params, tg->first_a[current], tg->n, 2),
-                esp_tensor_cols_view(&tg->dt, current * tg->width, tg->width), true, esp_dropped(a, run, g, x), false,
-                1.0f, 1.0f);
-    esp_stack_release(run->stack, mark);
-  }
+  if (a->trainable)
+    ops->matmul(run->be, esp_params_stacked(a->params, tg->first_a[current], tg->n, 2), now, true,
+                esp_dropped(a, run, g, x), false, 1.0f, 1.0f);
+  esp_stack_release(run->stack, mark);
   tg->late_bwd = max < 1 || esp_drops(a, run);
   if (tg->late_bwd) return 0;
-  tails[0] = (esp_tail){0, tg->dt, esp_params_stacked(a->params, tg->first_a[0], tg->n * count, 0)};
+  tails[0] = (esp_tail){0, tg->dt, all_a(a, tg, count)};
   return 1;
 }
 
 void esp_task_ranks_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor dx, void **slot) {
   esp_task_group *tg = a->group_state[g->index];
   if (!tg || !tg->late_bwd || !dx.data) return;
-  int count = esp_task_ranks_of(a)->current + 1;
-  esp_tensor stacked = esp_params_stacked(a->params, tg->first_a[0], tg->n * count, 0), d = dx;
+  esp_tensor d = dx;
   int64_t mark = esp_stack_mark(run->stack);
   bool mask = esp_drops(a, run); /* stands between dT A and dx */
   if (mask) d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
-  run->be->ops->matmul(run->be, d, tg->dt, false, stacked, false, 1.0f, mask ? 0.0f : 1.0f);
+  run->be->ops->matmul(run->be, d, tg->dt, false, all_a(a, tg, esp_task_ranks_of(a)->current + 1), false, 1.0f,
+                       mask ? 0.0f : 1.0f);
   if (mask) esp_dropout(a, run, g, dx, d, 1.0f);
   esp_stack_release(run->stack, mark);
 }

@@ -6,8 +6,10 @@
  * The capacity for all tasks of the recipe is there from the start, because nothing then changes its address between
  * tasks; what is not used yet is frozen, takes part in no product and is in no file.
  *
- * The A matrices of a group lie back to back, by task, then by site: T = x A^T over all tasks so far is one product, as
- * in lora.c, and the present task's are one slab of it.
+ * The A matrices of a group lie back to back, by task, then by site, so that the present task's gradient is one
+ * product. Forward and backward see the factors of all tasks so far as one LoRA of rank r * count: from the second task
+ * on they read a copy in which those of a site lie side by side, A [count * r, in], B [out, count * r], and the sites
+ * of a group one behind the other (esp_task_ranks_pass). T and dT have the same order: by site, then by task.
  */
 #ifndef ESP_ADAPTERS_TASK_RANKS_H
 #define ESP_ADAPTERS_TASK_RANKS_H
@@ -18,7 +20,8 @@ typedef struct esp_task_site {
   int64_t rank; /* over all tasks so far (esp_adapter_rank reads it) */
   int64_t r;    /* of one task */
   float s;
-  int64_t t0;       /* first column within one task's columns of T */
+  int64_t t0;       /* first column of T, with one task */
+  void *b_all;      /* [out, count * r], in the copy */
   int *a, *b, *sel; /* per task; sel NULL: no selectors. sel[t]: [(t + 1) * r], over the factors of tasks 0..t */
 } esp_task_site;
 
@@ -28,12 +31,16 @@ typedef struct esp_task_group {
   int *first_a;  /* per task */
   int64_t width; /* columns of one task: the sum of the sites' r */
   bool uniform;  /* one s for all */
+  void *a_all;   /* [count * width, in], in the copy; NULL: one site, whose A lie as they must */
   esp_tensor t, ts, dt;
   bool late_fwd, late_bwd; /* the base product had no room for the tails: added after it */
 } esp_task_group;
 
 typedef struct esp_task_ranks { /* a->impl */
   int tasks, current, furthest;
+  void *copy;  /* backend memory, of the shadow's type; NULL: one task */
+  bool copied; /* in this task, when these were params->writes and ->steps */
+  uint64_t writes, steps;
   /* olora_cl: A_old A_new^T of all groups, [earlier * width, width] each */
   float *overlap, *overlap_host;
   int64_t overlap_size;
@@ -46,6 +53,8 @@ bool esp_task_ranks_gates(const esp_adapter *a);  /* its ranks gate themselves *
 esp_status esp_task_ranks_open(esp_adapter *a);
 esp_status esp_task_ranks_declare(esp_adapter *a, esp_group *g, const bool *hit);
 esp_status esp_task_ranks_init(esp_adapter *a, esp_site *s);
+void esp_task_ranks_destroy(esp_adapter *a);
+esp_status esp_task_ranks_pass(esp_adapter *a);
 int esp_task_ranks_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max,
                          void **slot);
 void esp_task_ranks_output(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot);

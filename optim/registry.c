@@ -76,6 +76,7 @@ void esp_optim_step(esp_optim *o, double lr, float grad_scale) {
   esp_params *ps = o->params;
   esp_backend *be = ps->be;
   o->step++;
+  ps->steps++;
   for (int i = 0; i < ps->count;) {
     const esp_param *p = &ps->list[i];
     int j = i + 1;

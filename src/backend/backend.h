@@ -179,12 +179,12 @@ typedef struct esp_update_args {
   float grad_scale; /* clipping */
 } esp_update_args;
 
-/* Ranks that gate themselves (mora_rank). Each row holds n activations t of one module, `parts` runs of `width` columns
- * that begin `step` apart. s = t / |t| (0 where |t| is 0), w = softmax(s / tau) over the n; kept: s >= threshold (when
- * that is above 0) and among the `top` largest (0: all; of equals the first). */
-enum { ESP_GATE_MOST = 1024 }; /* n at most */
+/* Ranks that gate themselves (mora_rank). Each row is the activations t of one module. s = t / |t| (0 where |t| is 0),
+ * w = softmax(s / tau) over the row; kept: s >= threshold (when that is above 0) and among the `top` largest (0: all;
+ * of equals the first). */
+enum { ESP_GATE_MOST = 1024 }; /* columns at most */
 typedef struct esp_gate {
-  int64_t parts, width, step, top;
+  int64_t top;
   float tau, threshold, scale;
 } esp_gate;
 

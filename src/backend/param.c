@@ -84,6 +84,7 @@ static void refresh(esp_params *ps, int64_t offset, int64_t n) {
 
 void esp_params_set(esp_params *ps, int index, const float *host) {
   const esp_param *p = &ps->list[index];
+  ps->writes++;
   ps->be->ops->upload(ps->be, ps->master + p->offset, host, p->numel * 4);
   refresh(ps, p->offset, p->numel);
 }
@@ -94,6 +95,7 @@ void esp_params_get(const esp_params *ps, int index, float *host) {
 }
 
 void esp_params_refresh_shadow(esp_params *ps) {
+  ps->writes++;
   refresh(ps, 0, ps->total);
 }
 

@@ -37,6 +37,9 @@ typedef struct esp_params {
   float **follow[8];
   esp_mem_kind follow_kind[8];
   int n_follow;
+  /* Count what may have changed the shadow: esp_params_set and a refresh; steps of the optimizer, which leave what is
+   * frozen as it is. */
+  uint64_t writes, steps;
 } esp_params;
 
 esp_status esp_params_create(esp_backend *be, esp_params **out);

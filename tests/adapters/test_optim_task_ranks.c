@@ -1,7 +1,9 @@
 /* Kinds with factors per task (olora_cl, incremental_rank), trained on two and three tasks in a row: the penalty and
  * its gradient against the definition in fp64; bytes of earlier tasks stay; a new task begins where the last one ended;
- * an earlier task is returned to exactly, in memory and from the file; a file holds the tasks begun and no more.
- * Mutation seen to be caught: same_site answering true for all blocks of a group fails "penalty". */
+ * an earlier task is returned to exactly, in memory and from the file; a file holds the tasks begun and no more; all
+ * tasks so far are one LoRA, in logits and gradients, after a step of training and after values were set.
+ * Mutations seen to be caught: a copy that is not made again after a step, after values were set, or in a new task; A
+ * in the order of the store in it; the scale of a site left out; blocks between two sites left in the penalty. */
 #include <math.h>
 
 #include "../adapters/adapter_fixture.h"
@@ -188,11 +190,129 @@ static void frozen_and_recalled(void **state) {
   }
 }
 
+/* ---- tasks so far as one LoRA ---- */
+
+static bool near(const float *got, const float *want, int64_t n, double most) {
+  return fx_rel(got, want, n) <= most;
+}
+
+/* `a`, at its task, against `lora`, which gets the values of all tasks so far: logits and, through `lora`, gradients.
+ */
+static void compare(fx_run *r, esp_adapter *a, fx_run *lr, esp_adapter *lora, const char *what) {
+  static float y[FX_T * FX_VOCAB], z[FX_T * FX_VOCAB];
+  fx_batch f;
+  fx_fill(&f);
+  esp_site **sites;
+  int n = esp_model_sites(r->m, &sites), task = a->cfg.task;
+  for (int i = 0; i < n; i++) {
+    if (!a->targeted[i]) continue;
+    const esp_task_site *ts = a->site_state[i];
+    int ia, ib;
+    assert_true(lora->kind->factors(lora, sites[i], &ia, &ib)); /* the sites of two models of one base */
+    float *A = malloc((size_t)(ts->rank * (sites[i]->in + sites[i]->out)) * sizeof *A),
+          *B = A + ts->rank * sites[i]->in;
+    assert_int_equal(lora->params->list[ia].shape[0], ts->rank);
+    assert_int_equal(a->kind->low_rank(a, sites[i], A, B), ts->rank);
+    esp_params_set(lora->params, ia, A);
+    esp_params_set(lora->params, ib, B);
+    free(A);
+  }
+  fx_logits(r, &f.b, y);
+  fx_logits(lr, &f.b, z);
+  if (!near(y, z, FX_T * FX_VOCAB, 2e-6)) fail_msg("%s: logits", what);
+  esp_params_zero_grad(a->params);
+  esp_params_zero_grad(lora->params);
+  fx_loss(r, &f.b, true, ESP_CKPT_OFF, 5);
+  fx_loss(lr, &f.b, true, ESP_CKPT_OFF, 5);
+  float *mine = fx_grads(a), *one = fx_grads(lora);
+  for (int i = 0; i < n; i++) {
+    if (!a->targeted[i]) continue;
+    const esp_task_site *ts = a->site_state[i];
+    int64_t in = sites[i]->in, out = sites[i]->out;
+    int ia, ib;
+    lora->kind->factors(lora, sites[i], &ia, &ib);
+    const float *A = one + lora->params->list[ia].offset + task * ts->r * in, *B = one + lora->params->list[ib].offset;
+    if (!near(mine + a->params->list[ts->a[task]].offset, A, ts->r * in, 2e-5))
+      fail_msg("%s: dA of %s", what, sites[i]->path);
+    float *sel = NULL, *b = values(a, ts->b[task]), *want = calloc((size_t)(out * ts->r), sizeof *want);
+    if (ts->sel) sel = values(a, ts->sel[task]);
+    for (int64_t o = 0; o < out; o++)
+      for (int64_t k = 0; k < ts->r; k++)
+        want[o * ts->r + k] = ts->s * (sel ? sel[task * ts->r + k] : 1) * B[o * ts->rank + task * ts->r + k];
+    if (!near(mine + a->params->list[ts->b[task]].offset, want, out * ts->r, 2e-5))
+      fail_msg("%s: dB of %s", what, sites[i]->path);
+    free(want);
+    free(b);
+    for (int64_t k = 0; sel && k < ts->rank; k++) {
+      double d = 0;
+      b = values(a, ts->b[k / ts->r]);
+      for (int64_t o = 0; o < out; o++) d += (double)ts->s * b[o * ts->r + k % ts->r] * B[o * ts->rank + k];
+      sel[k] = (float)d;
+      free(b);
+    }
+    if (sel && !near(mine + a->params->list[ts->sel[task]].offset, sel, ts->rank, 2e-5))
+      fail_msg("%s: dS of %s", what, sites[i]->path);
+    free(sel);
+  }
+  free(mine);
+  free(one);
+}
+
+/* With ranks and scales that differ between the sites of a group, with dropout; after a step of training, and after
+ * values of an earlier task were set. */
+static void one_lora(void **state) {
+  static const char *const kinds[] = {"olora_cl", "incremental_rank"};
+  static const char *const more[] = {"q_proj", "k_proj", "v_proj", "down_proj"};
+  for (int form = 0; form < 8; form++) {
+    fx_run r, lr;
+    esp_adapter *a, *lora;
+    esp_optim *o;
+    bool even = form & 2;
+    esp_pattern rank[] = {{"v_proj", 5}}, alpha[] = {{"q_proj", 2}};
+    esp_adapter_cfg cfg = CFG(kinds[form & 1]);
+    cfg.target = more;
+    cfg.n_target = 4;
+    cfg.dropout = form & 4 ? 0.3 : 0;
+    if (!even) cfg.rank_pattern = rank, cfg.n_rank_pattern = 1, cfg.alpha_pattern = alpha, cfg.n_alpha_pattern = 1;
+    attach(&r, &cfg, &a);
+    OK(esp_optim_create(&(esp_optim_cfg){.name = "adamw", .lr = 1e-2, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8},
+                        a->params, &o));
+    for (int task = 0; task < 3; task++) {
+      char what[64];
+      int64_t ranks = 3 * (task + 1);
+      esp_pattern wide[] = {{"v_proj", 5 * (task + 1)}};
+      esp_adapter_cfg plain = {.type = "lora",
+                               .r = ranks,
+                               .alpha = (double)ranks,
+                               .seed = 9,
+                               .target = more,
+                               .n_target = 4,
+                               .dropout = cfg.dropout};
+      if (!even) plain.rank_pattern = plain.alpha_pattern = wide, plain.n_rank_pattern = plain.n_alpha_pattern = 1;
+      attach(&lr, &plain, &lora);
+      OK(a->kind->task_begin(a, task));
+      fx_shake(a, 0.1f, 40 + (uint64_t)task);
+      snprintf(what, sizeof what, "form %d, task %d", form, task);
+      compare(&r, a, &lr, lora, what);
+      esp_optim_step(o, 1e-2, 1.0f);
+      compare(&r, a, &lr, lora, what);
+      fx_shake(a, 0.1f, 50 + (uint64_t)task);
+      compare(&r, a, &lr, lora, what);
+      esp_adapter_destroy(lora);
+      fx_close(&lr);
+    }
+    esp_optim_destroy(o);
+    esp_adapter_destroy(a);
+    fx_close(&r);
+  }
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(penalty),
       cmocka_unit_test(penalty_is_followed),
       cmocka_unit_test(frozen_and_recalled),
+      cmocka_unit_test(one_lora),
   };
   fx_setup();
   int failed = cmocka_run_group_tests(tests, NULL, NULL);

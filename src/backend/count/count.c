@@ -391,15 +391,12 @@ static void sparse_grad(esp_backend *be, float *dvalues, esp_tensor dy, esp_tens
   add(be, 2 * (double)esp_tensor_rows(&x) * (double)s->entries,
       bytes_of(x) + bytes_of(dy) + csr_bytes(s) + 4 * (double)s->entries);
 }
-static double gated(esp_tensor x, const esp_gate *g) {
-  return (double)(esp_tensor_rows(&x) * g->parts * g->width);
-}
 static void rank_gate(esp_backend *be, esp_tensor y, esp_tensor x, const esp_gate *g) {
-  double n = gated(x, g);
+  double n = numel(x);
   add(be, 16 * n, n * (double)(esp_dtype_size(x.dtype) + esp_dtype_size(y.dtype)));
 }
 static void rank_gate_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g) {
-  double n = gated(x, g);
+  double n = numel(x);
   add(be, 28 * n, n * (double)(esp_dtype_size(x.dtype) + esp_dtype_size(dx.dtype) + esp_dtype_size(dy.dtype)));
 }
 static void gather_rows(esp_backend *be, esp_tensor y, esp_tensor x, const int32_t *rows) {

@@ -7,17 +7,14 @@ typedef struct gate_row { /* each with a register of padding: t, s, w, u are 0 t
   float inv; /* 1 / |t| */
 } gate_row;
 
-INLINE void gate_read(float *to, const esp_tensor *x, int64_t r, const esp_gate *g) {
-  for (int64_t p = 0; p < g->parts; p++) widen(to + p * g->width, x, r, p * g->step, g->width);
-  st(to + g->parts * g->width, vset(0));
+INLINE void gate_read(float *to, const esp_tensor *x, int64_t r, int64_t n) {
+  widen(to, x, r, 0, n);
+  st(to + n, vset(0));
 }
-INLINE void gate_write(const float *from, const esp_tensor *y, int64_t r, const esp_gate *g) {
+INLINE void gate_write(const float *from, const esp_tensor *y, int64_t r, int64_t n) {
   void *row = esp_row(y, r);
   bool b = esp_is_b(y);
-  for (int64_t p = 0; p < g->parts; p++) {
-    const float *run = from + p * g->width;
-    VEC_LOOP(i, g->width) stt(row, p * g->step + i, b, ldt(run, i, false, left), left);
-  }
+  VEC_LOOP(i, n) stt(row, i, b, ldt(from, i, false, left), left);
 }
 
 INLINE void gate_keep(gate_row *o, const esp_gate *g, int64_t n) {
@@ -33,9 +30,8 @@ INLINE void gate_keep(gate_row *o, const esp_gate *g, int64_t n) {
 }
 
 /* t, s, w and what is kept */
-INLINE void gate_of(gate_row *o, const esp_tensor *x, int64_t r, const esp_gate *g) {
-  int64_t n = g->parts * g->width;
-  gate_read(o->t, x, r, g);
+INLINE void gate_of(gate_row *o, const esp_tensor *x, int64_t r, int64_t n, const esp_gate *g) {
+  gate_read(o->t, x, r, n);
   float square = dot_row(o->t, false, o->t, false, n);
   vf sum = vset(0), k = vset(1.0f / g->tau), inv = vset(o->inv = square > 1e-30f ? 1.0f / sqrtf(square) : 0.0f);
   VEC_LOOP(i, n) st(o->s + i, inv * ld(o->t + i));
@@ -51,22 +47,22 @@ INLINE void gate_of(gate_row *o, const esp_tensor *x, int64_t r, const esp_gate 
 
 static void k_rank_gate(esp_tensor y, esp_tensor x, const esp_gate *g, int64_t r0, int64_t r1) {
   gate_row o;
-  int64_t n = g->parts * g->width;
+  int64_t n = esp_tensor_cols(&x);
   for (int64_t r = r0; r < r1; r++) {
-    gate_of(&o, &x, r, g);
+    gate_of(&o, &x, r, n, g);
     for (int64_t i = 0; i < n; i++) o.u[i] = o.keep[i] ? g->scale * o.w[i] * o.t[i] : 0.0f;
-    gate_write(o.u, &y, r, g);
+    gate_write(o.u, &y, r, n);
   }
 }
 
 /* u = scale dy where kept;  dw = u t;  ds = w / tau (dw - sum w dw);  dt = u w + (ds - s sum s ds) / |t| */
 static void k_rank_gate_bwd(esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g, int64_t r0, int64_t r1) {
   gate_row o;
-  int64_t n = g->parts * g->width;
+  int64_t n = esp_tensor_cols(&x);
   vf k = vset(1.0f / g->tau);
   for (int64_t r = r0; r < r1; r++) {
-    gate_of(&o, &x, r, g);
-    gate_read(o.u, &dy, r, g);
+    gate_of(&o, &x, r, n, g);
+    gate_read(o.u, &dy, r, n);
     for (int64_t i = 0; i < n; i++) o.u[i] = o.keep[i] ? g->scale * o.u[i] : 0.0f;
     vf a = vset(0), b = vset(0), inv = vset(o.inv);
     VEC_LOOP(i, n) a = vfma(ld(o.w + i), ld(o.u + i) * ld(o.t + i), a);
@@ -78,6 +74,6 @@ static void k_rank_gate_bwd(esp_tensor dx, esp_tensor dy, esp_tensor x, const es
     }
     b = vset(vhsum(b) * o.inv);
     VEC_LOOP(i, n) st(o.u + i, ld(o.u + i) - b * ld(o.s + i));
-    gate_write(o.u, &dx, r, g);
+    gate_write(o.u, &dx, r, n);
   }
 }

@@ -159,16 +159,13 @@ static void rank_gate_bwd_part(const void *op, const esp_kernels *k, int64_t r0,
   const gate_op *o = op;
   k->rank_gate_bwd(o->y, o->dy, o->x, o->g, r0, r1);
 }
-__attribute__((unused)) static bool gate_fits(esp_tensor t, const esp_gate *g) {
-  return g->parts * g->width <= ESP_GATE_MOST && esp_tensor_cols(&t) == (g->parts - 1) * g->step + g->width;
-}
 void esp_cpu_rank_gate(esp_backend *be, esp_tensor y, esp_tensor x, const esp_gate *g) {
-  assert(esp_tensor_rows(&y) == esp_tensor_rows(&x) && gate_fits(x, g) && gate_fits(y, g));
+  assert(esp_tensor_rows(&y) == esp_tensor_rows(&x) && esp_tensor_cols(&x) <= ESP_GATE_MOST);
   gate_op o = {.y = y, .x = x, .g = g};
-  esp_split(be, esp_tensor_rows(&y), esp_row_step(8 * g->parts * g->width), &o, rank_gate_part);
+  esp_split(be, esp_tensor_rows(&y), esp_row_step(8 * esp_tensor_cols(&x)), &o, rank_gate_part);
 }
 void esp_cpu_rank_gate_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g) {
-  assert(esp_tensor_rows(&dx) == esp_tensor_rows(&x) && gate_fits(x, g) && gate_fits(dx, g) && gate_fits(dy, g));
+  assert(esp_tensor_rows(&dx) == esp_tensor_rows(&x) && esp_tensor_cols(&x) <= ESP_GATE_MOST);
   gate_op o = {.y = dx, .x = x, .dy = dy, .g = g};
-  esp_split(be, esp_tensor_rows(&dx), esp_row_step(8 * g->parts * g->width), &o, rank_gate_bwd_part);
+  esp_split(be, esp_tensor_rows(&dx), esp_row_step(8 * esp_tensor_cols(&x)), &o, rank_gate_bwd_part);
 }

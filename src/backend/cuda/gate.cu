@@ -13,10 +13,6 @@ struct gate_row {
   float inv;     /* 1 / |t| */
 };
 
-__device__ __forceinline__ int64_t gate_col(const esp_gate &g, int i) {
-  return i / g.width * g.step + i % g.width;
-}
-
 /* The largest that is not kept yet, of equals the first: one bit more in `keep` of the lane that holds it. */
 __device__ __forceinline__ void keep_next(gate_row &o) {
   float best = 0.0f;
@@ -43,7 +39,7 @@ __device__ __forceinline__ void gate_of(gate_row &o, const esp_view<void> &x, in
   float square = 0.0f, most = -2.0f, sum = 0.0f;
   for (int i = o.lane; i < o.n; i += 32) {
     float v[1];
-    x.load(v, r, gate_col(g, i));
+    x.load(v, r, i);
     o.t[i] = v[0];
     square += v[0] * v[0];
   }
@@ -64,11 +60,11 @@ __device__ __forceinline__ void gate_of(gate_row &o, const esp_view<void> &x, in
     if (!(o.t[i] * o.inv >= g.threshold)) o.keep &= ~(1u << k);
 }
 
-__device__ __forceinline__ bool gate_begin(gate_row &o, const esp_gate &g, int64_t rows, int64_t &r) {
+__device__ __forceinline__ bool gate_begin(gate_row &o, int64_t rows, int n, int64_t &r) {
   ESP_DYNAMIC_SMEM(float, shared);
   int warp = static_cast<int>(threadIdx.x >> 5);
   r = static_cast<int64_t>(blockIdx.x) * GATE_WARPS + warp;
-  o.n = static_cast<int>(g.parts * g.width);
+  o.n = n;
   o.lane = static_cast<int>(threadIdx.x & 31);
   o.t = shared + warp * 3 * o.n;
   o.w = o.t + o.n;
@@ -77,28 +73,28 @@ __device__ __forceinline__ bool gate_begin(gate_row &o, const esp_gate &g, int64
 }
 
 __global__ void __launch_bounds__(32 * GATE_WARPS)
-    rank_gate_kernel(esp_view<void> y, esp_view<void> x, esp_gate g, int64_t rows) {
+    rank_gate_kernel(esp_view<void> y, esp_view<void> x, esp_gate g, int64_t rows, int n) {
   gate_row o;
   int64_t r;
-  if (!gate_begin(o, g, rows, r)) return;
+  if (!gate_begin(o, rows, n, r)) return;
   gate_of(o, x, r, g);
   for (int i = o.lane, k = 0; i < o.n; i += 32, k++) {
     float v[1] = {o.keep >> k & 1u ? g.scale * o.w[i] * o.t[i] : 0.0f};
-    y.store(r, gate_col(g, i), v);
+    y.store(r, i, v);
   }
 }
 
 /* See k_gate.h of the cpu. */
 __global__ void __launch_bounds__(32 * GATE_WARPS)
-    rank_gate_bwd_kernel(esp_view<void> dx, esp_view<void> dy, esp_view<void> x, esp_gate g, int64_t rows) {
+    rank_gate_bwd_kernel(esp_view<void> dx, esp_view<void> dy, esp_view<void> x, esp_gate g, int64_t rows, int n) {
   gate_row o;
   int64_t r;
-  if (!gate_begin(o, g, rows, r)) return;
+  if (!gate_begin(o, rows, n, r)) return;
   gate_of(o, x, r, g);
   float a = 0.0f, b = 0.0f;
   for (int i = o.lane, k = 0; i < o.n; i += 32, k++) {
     float v[1];
-    dy.load(v, r, gate_col(g, i));
+    dy.load(v, r, i);
     o.u[i] = o.keep >> k & 1u ? g.scale * v[0] : 0.0f;
     a += o.w[i] * (o.u[i] * o.t[i]);
   }
@@ -111,15 +107,15 @@ __global__ void __launch_bounds__(32 * GATE_WARPS)
   b = warp_sum(b) * o.inv;
   for (int i = o.lane; i < o.n; i += 32) {
     float v[1] = {o.u[i] - b * (o.t[i] * o.inv)};
-    dx.store(r, gate_col(g, i), v);
+    dx.store(r, i, v);
   }
 }
 
 static inline dim3 gate_grid(int64_t rows) {
   return dim3(static_cast<unsigned>((rows + GATE_WARPS - 1) / GATE_WARPS));
 }
-static inline size_t gate_smem(const esp_gate *g) {
-  return static_cast<size_t>(GATE_WARPS * 3 * g->parts * g->width) * sizeof(float);
+static inline size_t gate_smem(int n) {
+  return static_cast<size_t>(GATE_WARPS * 3 * n) * sizeof(float);
 }
 
 } // namespace
@@ -127,13 +123,15 @@ static inline size_t gate_smem(const esp_gate *g) {
 void esp_cuda_rank_gate(esp_backend *be, esp_tensor y, esp_tensor x, const esp_gate *g) {
   if (esp_idle(be, y)) return;
   int64_t rows = esp_tensor_rows(&y);
-  ESP_LAUNCH(be, "rank_gate", rank_gate_kernel, gate_grid(rows), dim3(32 * GATE_WARPS), gate_smem(g),
-             esp_view_of<void>(y), esp_view_of<void>(x), *g, rows);
+  int n = static_cast<int>(esp_tensor_cols(&x));
+  ESP_LAUNCH(be, "rank_gate", rank_gate_kernel, gate_grid(rows), dim3(32 * GATE_WARPS), gate_smem(n),
+             esp_view_of<void>(y), esp_view_of<void>(x), *g, rows, n);
 }
 
 void esp_cuda_rank_gate_bwd(esp_backend *be, esp_tensor dx, esp_tensor dy, esp_tensor x, const esp_gate *g) {
   if (esp_idle(be, dx)) return;
   int64_t rows = esp_tensor_rows(&dx);
-  ESP_LAUNCH(be, "rank_gate_bwd", rank_gate_bwd_kernel, gate_grid(rows), dim3(32 * GATE_WARPS), gate_smem(g),
-             esp_view_of<void>(dx), esp_view_of<void>(dy), esp_view_of<void>(x), *g, rows);
+  int n = static_cast<int>(esp_tensor_cols(&x));
+  ESP_LAUNCH(be, "rank_gate_bwd", rank_gate_bwd_kernel, gate_grid(rows), dim3(32 * GATE_WARPS), gate_smem(n),
+             esp_view_of<void>(dx), esp_view_of<void>(dy), esp_view_of<void>(x), *g, rows, n);
 }
