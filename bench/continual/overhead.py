@@ -87,7 +87,7 @@ class Run:
     def __init__(self, a, ground, folder, overrides, out, steps, order="[agnews, dbpedia]"):
         self.out, self.seen = out, 0
         command = [a.espalier, "run", f"{folder}/sequence.yaml", "--quiet", "--overwrite", "--output", out, "--threads", "1",
-                   f"train.max_steps={steps}", *(o.replace("FOLDER", folder) for o in overrides)]
+                   f"train.max_steps={steps}", "tasks[0].train.max_steps=20", *(o.replace("FOLDER", folder) for o in overrides)]
         if ground == "small":
             command += [f"continual.order={order}", "continual.baseline=false",
                         *(f"eval.sets[{i}].limit=1" for i in range(5))]
