@@ -7,22 +7,12 @@
 enum { LENGTH = 32 };
 
 static esp_status logits_of(const esp_merge_inputs *in, const int32_t *ids, float *logits) {
-  int32_t positions[LENGTH], targets[LENGTH] = {0}, rows[LENGTH], cu[2] = {0, LENGTH};
-  float weights[LENGTH] = {0};
-  for (int i = 0; i < LENGTH; i++) positions[i] = rows[i] = i;
-  esp_batch b = {.tokens = LENGTH,
-                 .ids = ids,
-                 .targets = targets,
-                 .positions = positions,
-                 .weights = weights,
-                 .cu_seqlens = cu,
-                 .n_seqs = 1};
   esp_stack stack;
   /* generous: every activation of 32 tokens of any layer is small beside the weights */
   const esp_model_desc *d = esp_model_describe(in->model);
   int64_t width = 16 * d->hidden + 8 * d->ffn + 8 * (int64_t)d->heads * d->head_dim + 2 * d->vocab;
   ESP_TRY(esp_stack_init(&stack, in->be, LENGTH * width * 4 * (d->layers + 4) + (64 << 20)));
-  esp_status st = esp_model_logits(in->model, &stack, &b, rows, LENGTH, logits);
+  esp_status st = esp_model_sequence_logits(in->model, &stack, ids, LENGTH, logits);
   esp_stack_deinit(&stack);
   return st;
 }

@@ -263,3 +263,13 @@ out:
   esp_virtual_end(&v);
   return st;
 }
+
+esp_status esp_model_sequence_logits(esp_model *m, esp_stack *stack, const int32_t *ids, int64_t n, float *logits) {
+  int32_t cu[2] = {0, (int32_t)n}, *rows = esp_mem_alloc(ESP_MEM_HOST, (size_t)(n + 1) * sizeof *rows);
+  if (!rows) return ESP_ERR_MEMORY;
+  for (int32_t i = 0; i < n; i++) rows[i] = i;
+  esp_batch b = {.tokens = n, .ids = ids, .positions = rows, .cu_seqlens = cu, .n_seqs = 1};
+  esp_status st = esp_model_logits(m, stack, &b, rows, (int)n, logits);
+  esp_mem_free(rows);
+  return st;
+}

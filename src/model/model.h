@@ -228,6 +228,8 @@ esp_status esp_model_features(esp_model *m, esp_stack *stack, const esp_batch *b
 /* fp32 logits of chosen rows (host [n_rows, vocab]) for tests, verification and `merge --verify`. */
 esp_status esp_model_logits(esp_model *m, esp_stack *stack, const esp_batch *b, const int32_t *rows, int n_rows,
                             float *logits);
+/* The same of every position of one sequence without labels: host [n, vocab]. */
+esp_status esp_model_sequence_logits(esp_model *m, esp_stack *stack, const int32_t *ids, int64_t n, float *logits);
 
 /* Rows that the active adapters put in front of a sequence: they take positions of the model and room in a cache. */
 int64_t esp_model_virtual_tokens(const esp_model *m);

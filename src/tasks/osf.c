@@ -36,18 +36,7 @@ static esp_status check(const esp_strategy_cfg *c, int n_tasks) {
 }
 
 static esp_status open(esp_strategy *s, const esp_sequence *q) {
-  esp_trained *list;
-  int n;
-  ESP_TRY(esp_trained_list(s, q, &list, &n));
-  esp_sequence second = *q;
-  second.task = 1;
-  bool moves = false;
-  for (int i = 0; i < n && q->n_tasks > 1; i++) moves |= list[i].a >= 0 && !esp_trained_fresh(&second, &list[i]);
-  esp_mem_free(list);
-  if (!moves) return ESP_OK;
-  return esp_fail(ESP_ERR_RECIPE,
-                  "continual.strategy: osf wants factors of its own for each task: o-lora, or lora with "
-                  "continual.policy merge_then_new or new_per_task; or full or layers");
+  return esp_trained_own(s, q, true);
 }
 
 /* W as the product sees it, [out, in]. */

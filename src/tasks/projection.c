@@ -40,6 +40,22 @@ bool esp_trained_fresh(const esp_sequence *q, const esp_trained *t) {
   return t->a >= 0 && (!q->one_adapter || q->task == 0 || q->adapter->kind->task_begin);
 }
 
+esp_status esp_trained_own(const esp_strategy *s, const esp_sequence *q, bool whole) {
+  esp_trained *list;
+  int n;
+  ESP_TRY(esp_trained_list(s, q, &list, &n));
+  esp_sequence second = *q;
+  second.task = 1;
+  bool own = true;
+  for (int i = 0; i < n && q->n_tasks > 1; i++) own &= esp_trained_fresh(&second, &list[i]) || (whole && list[i].a < 0);
+  esp_mem_free(list);
+  if (own) return ESP_OK;
+  return esp_fail(ESP_ERR_RECIPE,
+                  "continual.strategy: %s wants factors of its own for each task: o-lora, or lora with "
+                  "continual.policy merge_then_new or new_per_task%s",
+                  s->kind->name, whole ? "; or full or layers" : "");
+}
+
 /* ---- rows of activations ---- */
 
 void esp_observed_deinit(esp_observed *o) {

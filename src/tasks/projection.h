@@ -20,6 +20,9 @@ typedef struct esp_trained { /* a matrix of the base that changes: all of it, or
 esp_status esp_trained_list(const esp_strategy *s, const esp_sequence *q, esp_trained **list, int *n);
 /* B A of the present task is all that changes: the adapter is new, or gives each task factors of its own. */
 bool esp_trained_fresh(const esp_sequence *q, const esp_trained *t);
+/* For `open`: ESP_ERR_RECIPE, naming the strategy, where a later task would go on with the factors of the one before
+ * it, or, without `whole`, where a weight is trained in full. */
+esp_status esp_trained_own(const esp_strategy *s, const esp_sequence *q, bool whole);
 
 /* Rows of inputs and outputs of groups, in host memory: some of the tokens of each sample, spread evenly. */
 typedef struct esp_observed {

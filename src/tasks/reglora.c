@@ -22,18 +22,7 @@ static esp_status check(const esp_strategy_cfg *c, int n_tasks) {
 }
 
 static esp_status open(esp_strategy *s, const esp_sequence *q) {
-  esp_trained *list;
-  int n;
-  ESP_TRY(esp_trained_list(s, q, &list, &n));
-  esp_sequence second = *q;
-  second.task = 1;
-  bool own = true;
-  for (int i = 0; i < n; i++) own &= esp_trained_fresh(&second, &list[i]);
-  esp_mem_free(list);
-  if (own) return ESP_OK;
-  return esp_fail(ESP_ERR_RECIPE,
-                  "continual.strategy: reglora wants factors of its own for each task: o-lora, or lora with "
-                  "continual.policy merge_then_new or new_per_task");
+  return esp_trained_own(s, q, false);
 }
 
 /* ---- sets ---- */

@@ -18,15 +18,13 @@ static void prompts_of(const sf *f, esp_ids *out) {
 }
 
 static int32_t brute(sf *f, const int32_t *ids, int64_t n) {
-  int32_t positions[64], cu[2] = {0, (int32_t)n}, row = (int32_t)n - 1, best = 0;
+  int32_t best = 0;
   int64_t vocab = esp_model_describe(f->r.m)->vocab;
-  float *logits = malloc((size_t)vocab * sizeof *logits);
-  for (int64_t i = 0; i < n; i++) positions[i] = (int32_t)i;
-  esp_batch b = {.tokens = n, .ids = ids, .positions = positions, .cu_seqlens = cu, .n_seqs = 1};
-  OK(esp_model_logits(f->r.m, &f->r.stack, &b, &row, 1, logits));
+  float *all = malloc((size_t)(n * vocab) * sizeof *all), *logits = all + (n - 1) * vocab;
+  OK(esp_model_sequence_logits(f->r.m, &f->r.stack, ids, n, all));
   for (int32_t i = 1; i < vocab; i++)
     if (logits[i] > logits[best]) best = i;
-  free(logits);
+  free(all);
   return best;
 }
 

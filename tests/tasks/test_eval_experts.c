@@ -48,19 +48,9 @@ static esp_status use(void *ctx, int i) {
 
 /* log p of every token behind each position, under one expert. */
 static void log_probs(sf *f, int expert, const int32_t *ids, int64_t n, double *out) {
-  int32_t positions[64], targets[64] = {0}, rows[64], cu[2] = {0, (int32_t)n};
-  float weights[64] = {0};
   static float logits[64 * VOCAB];
-  for (int i = 0; i < n; i++) positions[i] = rows[i] = i;
-  esp_batch b = {.tokens = n,
-                 .ids = ids,
-                 .targets = targets,
-                 .positions = positions,
-                 .weights = weights,
-                 .cu_seqlens = cu,
-                 .n_seqs = 1};
   OK(use(f, expert));
-  OK(esp_model_logits(f->r.m, &f->r.stack, &b, rows, (int)n, logits));
+  OK(esp_model_sequence_logits(f->r.m, &f->r.stack, ids, n, logits));
   OK(use(f, 0));
   for (int64_t i = 0; i < n; i++) {
     double z = 0;

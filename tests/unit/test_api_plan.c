@@ -14,6 +14,7 @@
 
 #include "core/mem.h"
 #include "espalier/espalier.h"
+#include "job.h"
 #include "tasks/strategy.h"
 #include "tiny.h"
 
@@ -37,16 +38,7 @@ static const char recipe[] = "name: tiny\n"
                              "  - {name: b, data: [{path: b.jsonl}], eval: b}\n";
 
 static esp_job *open_job(const char *out, const char *const *more, int n) {
-  char place[5000], file[4200];
-  const char *list[16];
-  esp_job *job = NULL;
-  snprintf(place, sizeof place, "checkpoint.output_dir=%s/%s", root, out);
-  snprintf(file, sizeof file, "%s/recipe.yaml", root);
-  list[0] = place;
-  for (int i = 0; i < n; i++) list[i + 1] = more[i];
-  esp_status st = esp_job_open_text(recipe, sizeof recipe - 1, file, list, n + 1, &job);
-  if (st != ESP_OK) fail_msg("%s: %s", out, esp_error_message());
-  return job;
+  return job_open(root, recipe, out, more, n);
 }
 
 static int outside; /* of the test that runs */

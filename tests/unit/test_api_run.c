@@ -15,6 +15,7 @@
 
 #include "core/mem.h"
 #include "espalier/espalier.h"
+#include "job.h"
 #include "tiny.h"
 
 static char root[4096];
@@ -39,17 +40,7 @@ static const char recipe[] = "name: tiny\n"
                              "checkpoint: {every: 3, keep: 2}\n";
 
 static esp_job *open_job(const char *out, const char *const *more, int n) {
-  char place[5000], file[4200];
-  const char *list[16];
-  esp_job *job = NULL;
-  snprintf(place, sizeof place, "checkpoint.output_dir=%s/%s", root, out);
-  snprintf(file, sizeof file, "%s/recipe.yaml", root);
-  list[0] = place;
-  for (int i = 0; i < n; i++) list[i + 1] = more[i];
-  esp_status st = esp_job_open_text(recipe, sizeof recipe - 1, file, list, n + 1, &job);
-  if (st != ESP_OK) print_error("%s\n", esp_error_message());
-  assert_int_equal(st, ESP_OK);
-  return job;
+  return job_open(root, recipe, out, more, n);
 }
 
 static esp_status run_job(const char *out, bool resume, const esp_run_options *opt, esp_run_result *res,

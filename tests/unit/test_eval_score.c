@@ -79,18 +79,8 @@ static esp_dataset *data_of(const char *name, esp_data_format format) {
 
 /* log p(ids[i] | ids[0..i)) for i in [from, n), summed in fp64 from full logits. */
 static double brute(const int32_t *ids, int64_t n, int64_t from) {
-  int32_t positions[256], targets[256] = {0}, rows[256], cu[2] = {0, (int32_t)n};
-  float weights[256] = {0};
   static float logits[256 * TINY_VOCAB];
-  for (int i = 0; i < n; i++) positions[i] = rows[i] = i;
-  esp_batch b = {.tokens = n,
-                 .ids = ids,
-                 .targets = targets,
-                 .positions = positions,
-                 .weights = weights,
-                 .cu_seqlens = cu,
-                 .n_seqs = 1};
-  OK(esp_model_logits(model, &stack, &b, rows, (int)n, logits));
+  OK(esp_model_sequence_logits(model, &stack, ids, n, logits));
   double sum = 0;
   for (int64_t i = from; i < n; i++) {
     const float *l = logits + (i - 1) * TINY_VOCAB;
@@ -253,18 +243,8 @@ static void malformed_is_apart_from_wrong(void **state) {
 
 /* Logits of a sequence, fp64 log-softmax. */
 static void log_probs(const int32_t *ids, int64_t n, double *out) {
-  int32_t positions[256], targets[256] = {0}, rows[256] = {0}, cu[2] = {0, (int32_t)n};
-  float weights[256] = {0};
   static float logits[256 * TINY_VOCAB];
-  for (int i = 0; i < n; i++) positions[i] = rows[i] = i;
-  esp_batch b = {.tokens = n,
-                 .ids = ids,
-                 .targets = targets,
-                 .positions = positions,
-                 .weights = weights,
-                 .cu_seqlens = cu,
-                 .n_seqs = 1};
-  OK(esp_model_logits(model, &stack, &b, rows, (int)n, logits));
+  OK(esp_model_sequence_logits(model, &stack, ids, n, logits));
   for (int64_t i = 0; i < n; i++) {
     double z = 0;
     for (int v = 0; v < TINY_VOCAB; v++) z += exp((double)logits[i * TINY_VOCAB + v]);
@@ -342,22 +322,13 @@ static void greedy_is_the_argmax_of_full_forwards(void **state) {
   OK(esp_generate(model, &stack, prompts, 3, &cfg, out));
   for (int i = 0; i < 3; i++) {
     assert_int_equal(out[i].n, NEW);
-    int32_t ids[256], positions[256], targets[256] = {0}, cu[2] = {0};
-    float weights[256] = {0}, logits[TINY_VOCAB];
+    static float all[256 * TINY_VOCAB];
+    int32_t ids[256];
     int64_t n = prompts[i].n;
     memcpy(ids, prompts[i].data, (size_t)n * 4);
-    for (int k = 0; k < 256; k++) positions[k] = k;
     for (int k = 0; k < NEW; k++, n++) {
-      int32_t row = (int32_t)n - 1;
-      cu[1] = (int32_t)n;
-      esp_batch b = {.tokens = n,
-                     .ids = ids,
-                     .targets = targets,
-                     .positions = positions,
-                     .weights = weights,
-                     .cu_seqlens = cu,
-                     .n_seqs = 1};
-      OK(esp_model_logits(model, &stack, &b, &row, 1, logits));
+      OK(esp_model_sequence_logits(model, &stack, ids, n, all));
+      const float *logits = all + (n - 1) * TINY_VOCAB;
       int best = 0;
       for (int v = 1; v < TINY_VOCAB; v++) best = logits[v] > logits[best] ? v : best;
       assert_int_equal(out[i].data[k], best);
