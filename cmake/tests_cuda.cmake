@@ -57,11 +57,7 @@ endforeach()
 
 if(TARGET espalier-cuda-sim AND COMMAND esp_script_test AND TARGET make_tiny)
   foreach(part train memory faults ranks)
-    set(beside)
-    if(part MATCHES "train|memory")
-      set(beside BESIDE)
-    endif()
-    esp_script_test(cuda_sim_${part} e2e cuda_sim_${part}.sh ${beside}
+    esp_script_test(cuda_sim_${part} e2e cuda_sim_${part}.sh
                     ENV "ESPALIER_CUDA_PLUGIN=$<TARGET_FILE:espalier-cuda-sim>")
     set_tests_properties(cuda_sim_${part} PROPERTIES LABELS simcuda)
   endforeach()

@@ -6,17 +6,13 @@ add_executable(make_tiny ${CMAKE_SOURCE_DIR}/tests/make_tiny.c)
 target_link_libraries(make_tiny PRIVATE esp_upto_io)
 target_include_directories(make_tiny PRIVATE ${CMAKE_SOURCE_DIR}/tests)
 
-# esp_script_test(<name> <suite> <script> [BESIDE] [ENV name=value ...]). They start programs with threads of their own,
-# stop them by signals and wait for them: nothing runs beside them, but for BESIDE, those that take long and only compare
-# what runs wrote.
+# esp_script_test(<name> <suite> <script> [ENV name=value ...]). They start programs with threads of their own, stop them
+# by signals and wait for them: nothing runs beside them.
 function(esp_script_test name suite script)
-  cmake_parse_arguments(T "BESIDE" "" "ENV" ${ARGN})
+  cmake_parse_arguments(T "" "" "ENV" ${ARGN})
   add_test(NAME ${name} COMMAND bash ${CMAKE_SOURCE_DIR}/tests/${suite}/${script} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
-  set_tests_properties(${name} PROPERTIES LABELS ${suite} TIMEOUT 900 SKIP_RETURN_CODE 77 ENVIRONMENT
+  set_tests_properties(${name} PROPERTIES LABELS ${suite} TIMEOUT 900 SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT
     "ESPALIER=$<TARGET_FILE:espalier_bin>;MAKE_TINY=$<TARGET_FILE:make_tiny>;ESP_SOURCE_DIR=${CMAKE_SOURCE_DIR};ESP_BINARY_DIR=${CMAKE_BINARY_DIR};ESP_SHARED_DIR=${CMAKE_SOURCE_DIR}/../shared;CC=${CMAKE_C_COMPILER};${T_ENV}")
-  if(NOT T_BESIDE)
-    set_property(TEST ${name} PROPERTY RUN_SERIAL TRUE)
-  endif()
 endfunction()
 
 esp_script_test(faults_kill faults kill.sh)
@@ -37,13 +33,8 @@ file(GLOB e2e_scripts CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/e2e/run_*.sh)
 foreach(path IN LISTS e2e_scripts)
   get_filename_component(file ${path} NAME)
   get_filename_component(name ${path} NAME_WE)
-  set(beside)
-  if(name MATCHES "^run_(strategies|append|before|ensemble|schedule|midway)$")
-    set(beside BESIDE)
-  endif()
-  esp_script_test(e2e_${name} e2e ${file} ${beside})
+  esp_script_test(e2e_${name} e2e ${file})
 endforeach()
-set_property(TEST e2e_run_strategies PROPERTY COST 1000) # the longest: begun first
 
 # The example is built against the public interface alone, and run.
 add_executable(example_finetune ${CMAKE_SOURCE_DIR}/examples/finetune.c)
