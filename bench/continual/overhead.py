@@ -128,20 +128,22 @@ def quick(times):
 
 def pair(a, ground, folder, name, work):
     """Seconds of the steps of the strategy, and of the plain sequence in between."""
-    steps, turn = (a.steps, 0.3) if ground == "small" else (max(a.steps // 10, 8), 2.3)
+    steps, turn = (a.steps, 0.3) if ground == "small" else (max(a.steps // 10, 8), 5.0)
     mine, plain, tasks, times = Run(a, ground, folder, STRATEGIES[name][0], f"{work}/mine", steps), None, set(), ([], [])
-    while not mine.ended():
-        made = mine.turn(turn)
-        tasks |= {t for t, _ in made}
-        if len(tasks) < 2:
-            continue
-        if plain is None or plain.ended():  # as long as anybody wants it
-            plain = Run(a, ground, folder, STRATEGIES[name][1], f"{work}/plain", 4 * steps, "[dbpedia, agnews]")
-        for of, turns in zip(times, (made, plain.turn(turn))):
-            of += [t for _, t in turns[1:]]  # the first has the pause in it
-    if plain:
-        plain.close()
-    why = mine.close()
+    try:
+        while not mine.ended():
+            made = mine.turn(turn)
+            tasks |= {t for t, _ in made}
+            if len(tasks) < 2:
+                continue
+            if plain is None or plain.ended():  # as long as anybody wants it
+                plain = Run(a, ground, folder, STRATEGIES[name][1], f"{work}/plain", 4 * steps, "[dbpedia, agnews]")
+            for of, turns in zip(times, (made, plain.turn(turn))):
+                of += [t for _, t in turns[1:]]  # the first has the pause in it
+    finally:  # nobody else would wake them
+        why = mine.close()
+        if plain:
+            plain.close()
     if mine.process.returncode:
         sys.exit(f"overhead.py: {ground}, {name}: {(why.strip().splitlines() or ['?'])[0]}")
     if min(len(of) for of in times) < 8:
