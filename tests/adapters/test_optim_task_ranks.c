@@ -3,7 +3,9 @@
  * an earlier task is returned to exactly, in memory and from the file; a file holds the tasks begun and no more; all
  * tasks so far are one LoRA, in logits and gradients, after a step of training and after values were set.
  * Mutations seen to be caught: a copy that is not made again after a step, after values were set, or in a new task; A
- * in the order of the store in it; the scale of a site left out; blocks between two sites left in the penalty. */
+ * in the order of the store in it; the scale of a site left out; blocks between two sites left in the penalty.
+ * Bounds: two orders of fp32 sums, over every instruction set and the kernels of OpenBLAS up to 2.5e-6 apart in logits
+ * and 8e-6 in gradients. */
 #include <math.h>
 
 #include "../adapters/adapter_fixture.h"
@@ -137,7 +139,7 @@ static void frozen_and_recalled(void **state) {
     for (int task = 0; task < 3; task++) {
       OK(a->kind->task_begin(a, task));
       fx_logits(&r, &f.b, y);
-      if (task > 0 && !(fx_rel(y, after[task - 1], FX_T * FX_VOCAB) < 2e-6)) /* wider products: other rounding */
+      if (task > 0 && !(fx_rel(y, after[task - 1], FX_T * FX_VOCAB) < 1e-5)) /* wider products: other rounding */
         fail_msg("%s: task %d does not begin where the last one ended", kinds[k], task);
       f.ids[3] = 5 + 3 * task; /* other data */
       float *before = fx_masters(a);
@@ -219,7 +221,7 @@ static void compare(fx_run *r, esp_adapter *a, fx_run *lr, esp_adapter *lora, co
   }
   fx_logits(r, &f.b, y);
   fx_logits(lr, &f.b, z);
-  if (!near(y, z, FX_T * FX_VOCAB, 2e-6)) fail_msg("%s: logits", what);
+  if (!near(y, z, FX_T * FX_VOCAB, 1e-5)) fail_msg("%s: logits", what);
   esp_params_zero_grad(a->params);
   esp_params_zero_grad(lora->params);
   fx_loss(r, &f.b, true, ESP_CKPT_OFF, 5);
@@ -232,14 +234,14 @@ static void compare(fx_run *r, esp_adapter *a, fx_run *lr, esp_adapter *lora, co
     int ia, ib;
     lora->kind->factors(lora, sites[i], &ia, &ib);
     const float *A = one + lora->params->list[ia].offset + task * ts->r * in, *B = one + lora->params->list[ib].offset;
-    if (!near(mine + a->params->list[ts->a[task]].offset, A, ts->r * in, 2e-5))
+    if (!near(mine + a->params->list[ts->a[task]].offset, A, ts->r * in, 5e-5))
       fail_msg("%s: dA of %s", what, sites[i]->path);
     float *sel = NULL, *b = values(a, ts->b[task]), *want = calloc((size_t)(out * ts->r), sizeof *want);
     if (ts->sel) sel = values(a, ts->sel[task]);
     for (int64_t o = 0; o < out; o++)
       for (int64_t k = 0; k < ts->r; k++)
         want[o * ts->r + k] = ts->s * (sel ? sel[task * ts->r + k] : 1) * B[o * ts->rank + task * ts->r + k];
-    if (!near(mine + a->params->list[ts->b[task]].offset, want, out * ts->r, 2e-5))
+    if (!near(mine + a->params->list[ts->b[task]].offset, want, out * ts->r, 5e-5))
       fail_msg("%s: dB of %s", what, sites[i]->path);
     free(want);
     free(b);
@@ -250,7 +252,7 @@ static void compare(fx_run *r, esp_adapter *a, fx_run *lr, esp_adapter *lora, co
       sel[k] = (float)d;
       free(b);
     }
-    if (sel && !near(mine + a->params->list[ts->sel[task]].offset, sel, ts->rank, 2e-5))
+    if (sel && !near(mine + a->params->list[ts->sel[task]].offset, sel, ts->rank, 5e-5))
       fail_msg("%s: dS of %s", what, sites[i]->path);
     free(sel);
   }
