@@ -160,17 +160,18 @@ TARGET static void epilogue_panel(const esp_gjob *j, uint16_t *c, int64_t n0, in
     b0 = load16(j->bias, j->bias_type, n0, 0xffff);
     b1 = load16(j->bias, j->bias_type, n0 + 16, 0xffff);
   }
+  __m512 alpha = _mm512_set1_ps(j->alpha), beta = _mm512_set1_ps(j->beta);
   if (!j->bias && j->beta == 0) {
     for (int64_t r = 0; r < rows; r++)
-      _mm512_storeu_si512(c + r * j->ldc, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sum + r * lds + 16),
-                                                                       _mm512_load_ps(sum + r * lds)));
+      _mm512_storeu_si512(c + r * j->ldc,
+                          (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(alpha, _mm512_load_ps(sum + r * lds + 16)),
+                                                       _mm512_mul_ps(alpha, _mm512_load_ps(sum + r * lds))));
     return;
   }
-  __m512 beta = _mm512_set1_ps(j->beta);
   for (int64_t r = 0; r < rows; r++) {
     uint16_t *p = c + r * j->ldc;
-    __m512 v0 = _mm512_add_ps(_mm512_load_ps(sum + r * lds), b0);
-    __m512 v1 = _mm512_add_ps(_mm512_load_ps(sum + r * lds + 16), b1);
+    __m512 v0 = _mm512_add_ps(_mm512_mul_ps(alpha, _mm512_load_ps(sum + r * lds)), b0);
+    __m512 v1 = _mm512_add_ps(_mm512_mul_ps(alpha, _mm512_load_ps(sum + r * lds + 16)), b1);
     if (j->beta != 0) {
       v0 = _mm512_add_ps(v0, _mm512_mul_ps(beta, load16(p, ESP_BF16, 0, 0xffff)));
       v1 = _mm512_add_ps(v1, _mm512_mul_ps(beta, load16(p, ESP_BF16, 16, 0xffff)));
@@ -205,7 +206,7 @@ TARGET void esp_gemm_epilogue_avx512(const esp_gjob *j, int64_t m0, int64_t n0, 
     epilogue_transposed(j, m0, n0, rows, cols, sum, lds);
     return;
   }
-  if (cols == 32 && lds == 32 && j->c_type == ESP_BF16 && j->alpha == 1) {
+  if (cols == 32 && lds == 32 && j->c_type == ESP_BF16) {
     epilogue_panel(j, (uint16_t *)j->c + m0 * j->ldc + n0, n0, rows, sum, lds);
     return;
   }

@@ -25,8 +25,27 @@ INLINE void axpby_row(void *y, const bool yb, float a, const void *x, const bool
     VEC_LOOP(i, n) stt(y, i, yb, va * ldt(x, i, xb, left) + vb * ldt(y, i, yb, left), left);
   }
 }
+/* Short rows of one type are moved as they are, maybe to where they lie: 32 bytes are a row of a small block of bf16. */
+INLINE void move_rows(esp_tensor y, const int32_t *to, esp_tensor x, const int32_t *from, int64_t r0, int64_t r1,
+                      const size_t bytes) {
+  for (int64_t r = r0; r < r1; r++) memmove(esp_row(&y, to ? to[r] : r), esp_row(&x, from ? from[r] : r), bytes);
+}
+INLINE bool moved(esp_tensor y, const int32_t *to, esp_tensor x, const int32_t *from, float scale, int64_t r0,
+                  int64_t r1) {
+  size_t bytes = (size_t)esp_tensor_cols(&y) * esp_dtype_size(y.dtype);
+  if (scale != 1.0f || y.dtype != x.dtype || bytes > 128) return false;
+  if (bytes == 32)
+    move_rows(y, to, x, from, r0, r1, 32);
+  else if (bytes == 64)
+    move_rows(y, to, x, from, r0, r1, 64);
+  else
+    move_rows(y, to, x, from, r0, r1, bytes);
+  return true;
+}
+
 static void k_axpby(esp_tensor y, float a, esp_tensor x, float b, int64_t r0, int64_t r1) {
   int64_t n = esp_tensor_cols(&y);
+  if (b == 0 && moved(y, NULL, x, NULL, a, r0, r1)) return;
 #define BODY(yb, xb)                                                                                                   \
   for (int64_t r = r0; r < r1; r++) axpby_row(esp_row(&y, r), yb, a, esp_row(&x, r), xb, b, n)
   BY_TYPES2(BODY, y, x);
@@ -45,25 +64,10 @@ static void k_mul_cols(esp_tensor y, esp_tensor x, esp_tensor v, int64_t r0, int
 #undef BODY
 }
 
-/* Short rows of one type are moved as they are: 32 bytes are a row of a small block of bf16. */
-INLINE void move_rows(esp_tensor y, const int32_t *to, esp_tensor x, const int32_t *from, int64_t r0, int64_t r1,
-                      const size_t bytes) {
-  for (int64_t r = r0; r < r1; r++) memcpy(esp_row(&y, to ? to[r] : r), esp_row(&x, from ? from[r] : r), bytes);
-}
-
 static void k_copy_rows(esp_tensor y, const int32_t *to, esp_tensor x, const int32_t *from, float scale, int64_t r0,
                         int64_t r1) {
   int64_t n = esp_tensor_cols(&y);
-  size_t bytes = (size_t)n * esp_dtype_size(y.dtype);
-  if (scale == 1.0f && y.dtype == x.dtype && bytes <= 128) {
-    if (bytes == 32)
-      move_rows(y, to, x, from, r0, r1, 32);
-    else if (bytes == 64)
-      move_rows(y, to, x, from, r0, r1, 64);
-    else
-      move_rows(y, to, x, from, r0, r1, bytes);
-    return;
-  }
+  if (moved(y, to, x, from, scale, r0, r1)) return;
 #define BODY(yb, xb)                                                                                                   \
   for (int64_t r = r0; r < r1; r++)                                                                                    \
   axpby_row(esp_row(&y, to ? to[r] : r), yb, scale, esp_row(&x, from ? from[r] : r), xb, 0.0f, n)
