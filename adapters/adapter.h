@@ -165,6 +165,7 @@ typedef struct esp_adapter_kind {
    * kind may place parameters of neighbouring sites back to back (stacked products). `hit[i]`: site i is targeted. */
   esp_status (*declare)(esp_adapter *a, esp_group *g, const bool *hit);
   esp_status (*declare_site)(esp_adapter *a, esp_site *s); /* EMBED, NORM */
+  esp_status (*declare_last)(esp_adapter *a);              /* optional: behind these, once */
   /* Fills master values (host, through esp_params_set) after the store is finalized; may call esp_site_add_delta. */
   esp_status (*init)(esp_adapter *a, esp_site *s);
   esp_status (*start)(esp_adapter *a); /* optional: the same for parameters that belong to no site */

@@ -168,7 +168,7 @@ static esp_status declare_all(esp_adapter *a) {
     for (int k = 0; k < s->group->n_sites; k++) any |= hit[k] = a->targeted[s->group->sites[k]->index];
     if (any) ESP_TRY(a->kind->declare(a, s->group, hit));
   }
-  return ESP_OK;
+  return a->kind->declare_last ? a->kind->declare_last(a) : ESP_OK;
 }
 
 /* Biases and norms are not decayed; B matrices form learning-rate group 1 (LoRA+). */

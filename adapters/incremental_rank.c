@@ -20,6 +20,7 @@ const esp_adapter_kind esp_kind_incremental_rank = {
     .targets = true,
     .open = esp_task_ranks_open,
     .declare = esp_task_ranks_declare,
+    .declare_last = esp_task_ranks_declare_last,
     .init = esp_task_ranks_init,
     .pass = esp_task_ranks_pass,
     .tails = esp_task_ranks_tails,

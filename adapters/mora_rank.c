@@ -320,6 +320,7 @@ const esp_adapter_kind esp_kind_mora_rank = {
     .targets = true,
     .open = open,
     .declare = declare,
+    .declare_last = esp_task_ranks_declare_last,
     .init = init,
     .loaded = make_sums,
     .pass = esp_task_ranks_pass,

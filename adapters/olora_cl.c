@@ -8,8 +8,9 @@
  * norms of the new pair, is zero by default there and is left to weight_decay here. The gradient goes to A_now alone:
  * lambda sign(O)^T A_old, or 2 lambda O^T A_old; with sign(0) = 0.
  *
- * A of neighbouring sites lie side by side, so one product per group gives O of all of them; the blocks between
- * different sites are set to zero. All O are read together, once in a step.
+ * The factors are those that forward reads, in the compute type: one product of A of a group, of all sites and tasks so
+ * far, with A_now of it gives O of all its sites; the blocks between different sites, and of the present task with
+ * itself, are set to zero. All O are read together, once in a step.
  */
 #include <math.h>
 #include <string.h>
@@ -29,74 +30,78 @@ static esp_status make_room(esp_adapter *a, int64_t size) {
   esp_mem_free(tr->overlap_host);
   tr->overlap_size = 0;
   tr->overlap = be->ops->alloc(be, ESP_MEM_WORKSPACE, size * 4);
-  tr->overlap_host = esp_mem_alloc(ESP_MEM_HOST, (size_t)size * 4);
+  tr->overlap_host = esp_mem_alloc(ESP_MEM_HOST, 2 * (size_t)size * 4);
   if (!tr->overlap || !tr->overlap_host) return esp_backend_why_null(be);
   tr->overlap_size = size;
   return ESP_OK;
 }
 
-/* The penalty on a site's own blocks of a group's O, which become its derivative; the others become 0. */
-static double penalty_of(const esp_adapter *a, const esp_task_group *tg, float *o, int earlier) {
+/* The penalty on the overlaps of a group, which become its derivative. */
+static double penalty_of(const esp_adapter *a, const esp_task_group *tg, float *o, int count) {
   double sum = 0;
   bool square = squared(&a->cfg);
-  for (int t = 0; t < earlier; t++)
-    for (int i = 0; i < tg->n; i++) {
-      const esp_task_site *ts = a->site_state[tg->sites[i]->index];
-      for (int64_t p = 0; p < ts->r; p++, o += tg->width) {
-        memset(o, 0, (size_t)ts->t0 * sizeof *o);
-        memset(o + ts->t0 + ts->r, 0, (size_t)(tg->width - ts->t0 - ts->r) * sizeof *o);
-        for (float *x = o + ts->t0; x < o + ts->t0 + ts->r; x++) {
-          sum += square ? (double)*x * *x : fabs((double)*x);
-          *x = square ? 2.0f * *x : (float)((*x > 0) - (*x < 0));
-        }
+  for (int i = 0; i < tg->n; i++) {
+    const esp_task_site *ts = a->site_state[tg->sites[i]->index];
+    for (int64_t p = 0; p < ts->rank; p++, o += tg->width) {
+      bool old = p < ts->r * (count - 1);
+      for (int64_t q = 0; q < tg->width; q++) {
+        float x = old && q >= ts->t0 && q < ts->t0 + ts->r ? o[q] : 0.0f;
+        sum += square ? (double)x * x : fabs((double)x);
+        o[q] = square ? 2.0f * x : (float)((x > 0) - (x < 0));
       }
     }
+  }
   return sum;
 }
 
 static double olora_before_step(esp_adapter *a, int64_t step, int64_t total) {
   esp_task_ranks *tr = a->impl;
-  esp_backend *be = a->params->be;
+  const esp_params *ps = a->params;
+  esp_backend *be = ps->be;
   esp_group **groups;
-  int n = esp_model_groups(a->model, &groups), earlier = tr->current;
+  int n = esp_model_groups(a->model, &groups), current = tr->current, count = current + 1;
   float lambda = (float)a->cfg.orthogonal_lambda;
-  int64_t size = 0, at = 0;
+  int64_t size = 0;
   double sum = 0;
-  if (earlier == 0 || lambda == 0) return 0;
+  if (current == 0 || lambda == 0) return 0;
   for (int i = 0; i < n; i++) {
     const esp_task_group *tg = a->group_state[i];
-    if (tg) size += earlier * tg->width * tg->width;
+    if (tg) size += count * tg->width * tg->width;
   }
   esp_status st = make_room(a, size);
+  if (st == ESP_OK) st = esp_task_ranks_pass(a);
   if (st != ESP_OK) {
     if (be->sticky == ESP_OK) be->sticky = st;
     return 0;
   }
-  for (int pass = 0; pass < 2; pass++, at = 0) {
+  int64_t es = (int64_t)esp_dtype_size(ps->shadow_dtype);
+  for (int pass = 0; pass < 2; pass++) {
+    int64_t at = 0;
     for (int i = 0; i < n; i++) {
       const esp_task_group *tg = a->group_state[i];
       if (!tg) continue;
-      int64_t rows = earlier * tg->width;
-      esp_tensor o = esp_tensor_2d(tr->overlap + at, ESP_F32, rows, tg->width);
-      esp_tensor old = esp_params_stacked(a->params, tg->first_a[0], tg->n * earlier, 1);
+      int64_t rows = count * tg->width;
+      esp_tensor all = esp_task_ranks_all_a(a, tg, count);
       if (pass == 0)
-        be->ops->matmul(be, o, old, false, esp_params_stacked(a->params, tg->first_a[earlier], tg->n, 1), true, 1.0f,
-                        0.0f);
+        be->ops->matmul(be, esp_tensor_2d(tr->overlap + at, ESP_F32, rows, tg->width), all, false,
+                        esp_params_stacked(ps, tg->first_a[current], tg->n, 0), true, 1.0f, 0.0f);
       else
-        be->ops->matmul(be, esp_params_stacked(a->params, tg->first_a[earlier], tg->n, 2), o, true, old, false, lambda,
-                        1.0f);
+        be->ops->matmul(be, esp_params_stacked(ps, tg->first_a[current], tg->n, 2),
+                        esp_tensor_2d((char *)tr->overlap + at * es, ps->shadow_dtype, rows, tg->width), true, all,
+                        false, lambda, 1.0f);
       at += rows * tg->width;
     }
     if (pass > 0) break;
-    be->ops->download(be, tr->overlap_host, tr->overlap, size * 4);
-    at = 0;
+    float *o = tr->overlap_host, *typed = o + size;
+    be->ops->download(be, o, tr->overlap, size * 4);
     for (int i = 0; i < n; i++) {
       const esp_task_group *tg = a->group_state[i];
       if (!tg) continue;
-      sum += penalty_of(a, tg, tr->overlap_host + at, earlier);
-      at += earlier * tg->width * tg->width;
+      sum += penalty_of(a, tg, o, count);
+      o += count * tg->width * tg->width;
     }
-    be->ops->upload(be, tr->overlap, tr->overlap_host, size * 4);
+    esp_convert(typed, ps->shadow_dtype, tr->overlap_host, ESP_F32, size);
+    be->ops->upload(be, tr->overlap, typed, size * es);
   }
   return (double)lambda * sum;
 }
@@ -149,6 +154,7 @@ const esp_adapter_kind esp_kind_olora_cl = {
     .targets = true,
     .open = esp_task_ranks_open,
     .declare = esp_task_ranks_declare,
+    .declare_last = esp_task_ranks_declare_last,
     .init = esp_task_ranks_init,
     .pass = esp_task_ranks_pass,
     .tails = esp_task_ranks_tails,

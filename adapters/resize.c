@@ -110,6 +110,7 @@ esp_status esp_adapter_resize(esp_adapter *a, const esp_resize *list, int n) {
   }
   memcpy(ps->list, l.list, (size_t)ps->count * sizeof *ps->list);
   ps->total = l.total;
+  ps->cleared_to = 0; /* the new gradients are not cleared */
   ps->shadow = ps->master;
   if (own_shadow) {
     ps->shadow = ops->alloc(ps->be, ESP_MEM_PARAMS, l.total * (int64_t)esp_dtype_size(ps->shadow_dtype));

@@ -76,21 +76,32 @@ esp_status esp_task_ranks_declare(esp_adapter *a, esp_group *g, const bool *hit)
     tg->sites[tg->n++] = g->sites[i];
     tg->uniform &= ts->s == ((esp_task_site *)a->site_state[tg->sites[0]->index])->s;
   }
-  for (int t = 0; t < tr->tasks; t++)
-    for (int i = 0; i < tg->n; i++) {
-      esp_task_site *ts = a->site_state[tg->sites[i]->index];
-      ts->a[t] = add(a, tg->sites[i], "lora_A", t, 2, ts->r, tg->sites[i]->in, t == 0 && i == 0);
-      if (ts->a[t] < 0) return ESP_ERR_MEMORY;
-      if (i == 0) tg->first_a[t] = ts->a[t];
-    }
-  for (int t = 0; t < tr->tasks; t++)
-    for (int i = 0; i < tg->n; i++) {
-      esp_task_site *ts = a->site_state[tg->sites[i]->index];
-      ts->b[t] = add(a, tg->sites[i], "lora_B", t, 2, tg->sites[i]->out, ts->r, true);
-      if (ts->b[t] < 0) return ESP_ERR_MEMORY;
-      if (ts->sel && (ts->sel[t] = add(a, tg->sites[i], "selector", t, 1, (t + 1) * ts->r, 1, true)) < 0)
-        return ESP_ERR_MEMORY;
-    }
+  return ESP_OK;
+}
+
+static esp_status add_group(esp_adapter *a, esp_task_group *tg, int t) {
+  for (int i = 0; i < tg->n; i++) {
+    esp_task_site *ts = a->site_state[tg->sites[i]->index];
+    ts->a[t] = add(a, tg->sites[i], "lora_A", t, 2, ts->r, tg->sites[i]->in, i == 0);
+    if (ts->a[t] < 0) return ESP_ERR_MEMORY;
+    if (i == 0) tg->first_a[t] = ts->a[t];
+  }
+  for (int i = 0; i < tg->n; i++) {
+    esp_task_site *ts = a->site_state[tg->sites[i]->index];
+    ts->b[t] = add(a, tg->sites[i], "lora_B", t, 2, tg->sites[i]->out, ts->r, true);
+    if (ts->b[t] < 0) return ESP_ERR_MEMORY;
+    if (ts->sel && (ts->sel[t] = add(a, tg->sites[i], "selector", t, 1, (t + 1) * ts->r, 1, true)) < 0)
+      return ESP_ERR_MEMORY;
+  }
+  return ESP_OK;
+}
+
+esp_status esp_task_ranks_declare_last(esp_adapter *a) {
+  esp_group **groups;
+  int n = esp_model_groups(a->model, &groups);
+  for (int t = 0; t < esp_task_ranks_of(a)->tasks; t++)
+    for (int g = 0; g < n; g++)
+      if (a->group_state[g]) ESP_TRY(add_group(a, a->group_state[g], t));
   return ESP_OK;
 }
 
@@ -181,8 +192,8 @@ static int64_t place(const esp_adapter *a, char *at) {
   for (int g = 0; g < n_groups; g++) {
     esp_task_group *tg = a->group_state[g];
     if (!tg) continue;
-    if (at && tg->n > 1) tg->a_all = at + n * es;
-    if (tg->n > 1) n += whole_lines(tg->width * tr->tasks * tg->sites[0]->in);
+    if (at) tg->a_all = at + n * es;
+    n += whole_lines(tg->width * tr->tasks * tg->sites[0]->in);
     for (int i = 0; i < tg->n; i++) {
       esp_task_site *ts = a->site_state[tg->sites[i]->index];
       if (at) ts->b_all = at + n * es;
@@ -197,10 +208,9 @@ void esp_task_ranks_destroy(esp_adapter *a) {
   if (tr && tr->copy) a->params->be->ops->free(a->params->be, tr->copy);
 }
 
-/* A of all tasks so far, of all sites of the group; B of one site. */
-static esp_tensor all_a(const esp_adapter *a, const esp_task_group *tg, int count) {
-  esp_tensor own = esp_params_stacked(a->params, tg->first_a[0], tg->n * count, 0);
-  return count == 1 || tg->n == 1 ? own : esp_tensor_2d(tg->a_all, own.dtype, count * tg->width, tg->sites[0]->in);
+esp_tensor esp_task_ranks_all_a(const esp_adapter *a, const esp_task_group *tg, int count) {
+  esp_tensor own = esp_params_stacked(a->params, tg->first_a[0], tg->n, 0);
+  return count == 1 ? own : esp_tensor_2d(tg->a_all, own.dtype, count * tg->width, tg->sites[0]->in);
 }
 
 static esp_tensor all_b(const esp_adapter *a, const esp_site *s, int count) {
@@ -226,11 +236,10 @@ esp_status esp_task_ranks_pass(esp_adapter *a) {
     const esp_task_group *tg = a->group_state[g];
     for (int i = 0; tg && i < tg->n; i++) {
       const esp_task_site *ts = a->site_state[tg->sites[i]->index];
-      esp_tensor A = all_a(a, tg, count), B = all_b(a, tg->sites[i], count);
+      esp_tensor A = esp_task_ranks_all_a(a, tg, count), B = all_b(a, tg->sites[i], count);
       for (int t = old ? tr->current : 0; t < count; t++) {
         esp_tensor b = esp_param_shadow(ps, ts->b[t]);
         be->ops->axpby(be, esp_tensor_cols_view(&B, t * ts->r, ts->r), 1.0f, b, 0.0f);
-        if (tg->n == 1) continue;
         b = esp_param_shadow(ps, ts->a[t]);
         be->ops->axpby(be, esp_tensor_rows_view(&A, ts->t0 * count + t * ts->r, ts->r), 1.0f, b, 0.0f);
       }
@@ -279,7 +288,7 @@ int esp_task_ranks_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor 
   if (esp_task_ranks_select(a) || gates) tg->ts = esp_stack_tensor(run->stack, run->compute, rows, width);
   int64_t mark = esp_stack_mark(run->stack);
   const esp_task_site *first = a->site_state[tg->sites[0]->index];
-  ops->matmul(run->be, tg->t, esp_dropped(a, run, g, x), false, all_a(a, tg, count), true,
+  ops->matmul(run->be, tg->t, esp_dropped(a, run, g, x), false, esp_task_ranks_all_a(a, tg, count), true,
               tg->uniform && !gates ? site_scale(a, first) : 1.0f, 0.0f);
   esp_stack_release(run->stack, mark);
   tg->late_fwd = max < tg->n;
@@ -349,7 +358,7 @@ int esp_task_ranks_tails_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_ten
   esp_stack_release(run->stack, mark);
   tg->late_bwd = max < 1 || esp_drops(a, run);
   if (tg->late_bwd) return 0;
-  tails[0] = (esp_tail){0, tg->dt, all_a(a, tg, count)};
+  tails[0] = (esp_tail){0, tg->dt, esp_task_ranks_all_a(a, tg, count)};
   return 1;
 }
 
@@ -360,8 +369,8 @@ void esp_task_ranks_input_bwd(esp_adapter *a, esp_run *run, esp_group *g, esp_te
   int64_t mark = esp_stack_mark(run->stack);
   bool mask = esp_drops(a, run); /* stands between dT A and dx */
   if (mask) d = esp_stack_tensor(run->stack, run->compute, esp_tensor_rows(&dx), esp_tensor_cols(&dx));
-  run->be->ops->matmul(run->be, d, tg->dt, false, all_a(a, tg, esp_task_ranks_of(a)->current + 1), false, 1.0f,
-                       mask ? 0.0f : 1.0f);
+  run->be->ops->matmul(run->be, d, tg->dt, false, esp_task_ranks_all_a(a, tg, esp_task_ranks_of(a)->current + 1), false,
+                       1.0f, mask ? 0.0f : 1.0f);
   if (mask) esp_dropout(a, run, g, dx, d, 1.0f);
   esp_stack_release(run->stack, mark);
 }

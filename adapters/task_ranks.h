@@ -6,10 +6,11 @@
  * The capacity for all tasks of the recipe is there from the start, because nothing then changes its address between
  * tasks; what is not used yet is frozen, takes part in no product and is in no file.
  *
- * The A matrices of a group lie back to back, by task, then by site, so that the present task's gradient is one
- * product. Forward and backward see the factors of all tasks so far as one LoRA of rank r * count: from the second task
- * on they read a copy in which those of a site lie side by side, A [count * r, in], B [out, count * r], and the sites
- * of a group one behind the other (esp_task_ranks_pass). T and dT have the same order: by site, then by task.
+ * The store is in the order of the tasks, so that what is trained is one stretch of it, and within a task the A of a
+ * group lie back to back, so that its gradient is one product. Forward and backward see the factors of all tasks so far
+ * as one LoRA of rank r * count: from the second task on they read a copy in which those of a site lie side by side,
+ * A [count * r, in], B [out, count * r], and the sites of a group one behind the other (esp_task_ranks_pass). T and dT
+ * have the same order: by site, then by task.
  */
 #ifndef ESP_ADAPTERS_TASK_RANKS_H
 #define ESP_ADAPTERS_TASK_RANKS_H
@@ -29,9 +30,9 @@ typedef struct esp_task_group {
   int n;
   esp_site *sites[3];
   int *first_a;  /* per task */
-  int64_t width; /* columns of one task: the sum of the sites' r */
+  int64_t width; /* columns of T of one task: the sum of the sites' r */
   bool uniform;  /* one s for all */
-  void *a_all;   /* [count * width, in], in the copy; NULL: one site, whose A lie as they must */
+  void *a_all;   /* [count * width, in], in the copy */
   esp_tensor t, ts, dt;
   bool late_fwd, late_bwd; /* the base product had no room for the tails: added after it */
 } esp_task_group;
@@ -41,7 +42,7 @@ typedef struct esp_task_ranks { /* a->impl */
   void *copy;  /* backend memory, of the shadow's type; NULL: one task */
   bool copied; /* in this task, when these were params->writes and ->steps */
   uint64_t writes, steps;
-  /* olora_cl: A_old A_new^T of all groups, [earlier * width, width] each */
+  /* olora_cl: A_all A_now^T of all groups, [count * width, width] each, in fp32 */
   float *overlap, *overlap_host;
   int64_t overlap_size;
 } esp_task_ranks;
@@ -52,9 +53,12 @@ bool esp_task_ranks_gates(const esp_adapter *a);  /* its ranks gate themselves *
 
 esp_status esp_task_ranks_open(esp_adapter *a);
 esp_status esp_task_ranks_declare(esp_adapter *a, esp_group *g, const bool *hit);
+esp_status esp_task_ranks_declare_last(esp_adapter *a);
 esp_status esp_task_ranks_init(esp_adapter *a, esp_site *s);
 void esp_task_ranks_destroy(esp_adapter *a);
 esp_status esp_task_ranks_pass(esp_adapter *a);
+/* A of all `count` tasks so far, of all sites of the group, as forward reads it after a pass has begun. */
+esp_tensor esp_task_ranks_all_a(const esp_adapter *a, const esp_task_group *tg, int count);
 int esp_task_ranks_tails(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tail *tails, int max,
                          void **slot);
 void esp_task_ranks_output(esp_adapter *a, esp_run *run, esp_group *g, esp_tensor x, esp_tensor y, void **slot);

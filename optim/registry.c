@@ -109,6 +109,8 @@ void esp_optim_reset(esp_optim *o) {
 double esp_optim_grad_norm(esp_optim *o) {
   esp_params *ps = o->params;
   double sum = 0;
-  ps->be->ops->dot(ps->be, &sum, ps->grad, ps->grad, ps->total);
+  int64_t from, to;
+  esp_params_span(ps, &from, &to);
+  ps->be->ops->dot(ps->be, &sum, ps->grad + from, ps->grad + from, to - from);
   return sqrt(sum);
 }

@@ -99,8 +99,26 @@ void esp_params_refresh_shadow(esp_params *ps) {
   refresh(ps, 0, ps->total);
 }
 
+void esp_params_span(const esp_params *ps, int64_t *from, int64_t *to) {
+  *from = ps->total;
+  *to = 0;
+  for (int i = 0; i < ps->count; i++) {
+    const esp_param *p = &ps->list[i];
+    if (p->frozen) continue;
+    if (p->offset < *from) *from = p->offset / PAD * PAD;
+    if (p->offset + p->numel > *to) *to = p->offset + p->numel;
+  }
+  if (*from > *to) *from = *to;
+}
+
 void esp_params_zero_grad(esp_params *ps) {
-  if (ps->grad) ps->be->ops->zero(ps->be, ps->grad, ps->total * 4);
+  int64_t from, to;
+  if (!ps->grad) return;
+  esp_params_span(ps, &from, &to);
+  bool same = from == ps->cleared_from && to == ps->cleared_to;
+  ps->be->ops->zero(ps->be, same ? ps->grad + from : ps->grad, (same ? to - from : ps->total) * 4);
+  ps->cleared_from = from;
+  ps->cleared_to = to;
 }
 
 esp_status esp_params_follow(esp_params *ps, float **at, esp_mem_kind kind) {

@@ -40,6 +40,7 @@ typedef struct esp_params {
   /* Count what may have changed the shadow: esp_params_set and a refresh; steps of the optimizer, which leave what is
    * frozen as it is. */
   uint64_t writes, steps;
+  int64_t cleared_from, cleared_to; /* what esp_params_zero_grad cleared last; outside of it all was zero before */
 } esp_params;
 
 esp_status esp_params_create(esp_backend *be, esp_params **out);
@@ -53,6 +54,9 @@ esp_status esp_params_finalize(esp_params *ps, esp_dtype shadow, bool with_grad)
 void esp_params_set(esp_params *ps, int index, const float *host);
 void esp_params_get(const esp_params *ps, int index, float *host);
 void esp_params_refresh_shadow(esp_params *ps);
+/* The stretch of the flat buffers that everything which is not frozen lies in: gradients are cleared, added over ranks
+ * and measured there. Outside of it they are zero: what is frozen gets none. */
+void esp_params_span(const esp_params *ps, int64_t *from, int64_t *to);
 void esp_params_zero_grad(esp_params *ps);
 int esp_params_find(const esp_params *ps, const char *name); /* -1 when absent */
 /* Allocates a flat fp32 buffer of `total` elements at *at (optimizer state, running statistics): it moves with its

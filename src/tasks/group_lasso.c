@@ -36,7 +36,9 @@ static double penalty(esp_strategy *s, const esp_sequence *q, const esp_strategy
   double value = 0;
   for (int i = 0, end; i < ps->count; i = end) { /* parameters of a block are neighbours */
     int layer = layer_of(&ps->list[i]);
-    for (end = i + 1; end < ps->count && layer_of(&ps->list[end]) == layer;) end++;
+    bool frozen = ps->list[i].frozen; /* what earlier tasks keep has no gradient */
+    for (end = i + 1; end < ps->count && layer_of(&ps->list[end]) == layer && ps->list[end].frozen == frozen;) end++;
+    if (frozen) continue;
     int64_t from = ps->list[i].offset, to = ps->list[end - 1].offset + ps->list[end - 1].numel;
     esp_tensor x = esp_flat(ps->master + from, to - from);
     value += shrink(q, from, to, esp_sequence_dot(q, x, x), s->cfg->group_lasso.weight);

@@ -83,7 +83,9 @@ esp_status esp_train_step(esp_engine *e, const esp_step_in *in, esp_rows *rows, 
     ESP_TRY(e->comm->ops->all_reduce_f64(e->comm, (double *)&s, sizeof s / sizeof(double)));
     if (s.failed > 0) return esp_comm_agree(e->comm, st);
     esp_comm *c = e->device_comm ? e->device_comm : e->comm;
-    ESP_TRY(esp_comm_reduce(c, e->be, ps->grad, ps->total));
+    int64_t from, to;
+    esp_params_span(ps, &from, &to);
+    ESP_TRY(esp_comm_reduce(c, e->be, ps->grad + from, to - from));
     esp_tensor own = kind->step_sums ? kind->step_sums(e->adapter) : (esp_tensor){0};
     if (own.data) ESP_TRY(esp_comm_reduce(c, e->be, own.data, own.shape[0]));
   }

@@ -34,18 +34,21 @@ static void gradients(void **state) {
       if (detached(&rows[i], q->name)) continue;
       float *x = malloc((size_t)(2 * q->numel) * sizeof *x), *v = x + q->numel;
       esp_params_get(a->params, p, x);
-      double h = norm > 1 ? 1e-2 / sqrt(norm) : 1e-2, l[4]; /* at -2h, -h, h, 2h: the error is of fourth order */
-      for (int at = 0; at < 4; at++) {
-        double step = h * (at < 2 ? at - 2 : at - 1);
-        for (int64_t k = 0; k < q->numel; k++) v[k] = x[k] + (float)(step * g[k] / norm);
-        esp_params_set(a->params, p, v);
-        l[at] = fx_loss(&r, &f.b, true, ESP_CKPT_OFF, 3);
-      }
+      double h = norm > 1 ? 1e-2 / sqrt(norm) : 1e-2, l[4], fd, off;
+      int tries = rows[i].cfg.gate_top_k ? 3 : 1; /* which ranks take part may change on the way: a shorter one then */
+      do {                                        /* at -2h, -h, h, 2h: the error is of fourth order */
+        for (int at = 0; at < 4; at++) {
+          double step = h * (at < 2 ? at - 2 : at - 1);
+          for (int64_t k = 0; k < q->numel; k++) v[k] = x[k] + (float)(step * g[k] / norm);
+          esp_params_set(a->params, p, v);
+          l[at] = fx_loss(&r, &f.b, true, ESP_CKPT_OFF, 3);
+        }
+        fd = (8 * (l[2] - l[1]) - (l[3] - l[0])) / (12 * h);
+        off = fabs(fd - norm) - (rows[i].cfg.gate_top_k ? 5e-3 : 1e-3) * norm - 2e-4;
+        h /= 4;
+      } while (off > 0 && --tries > 0);
       esp_params_set(a->params, p, x);
-      double fd = (8 * (l[2] - l[1]) - (l[3] - l[0])) / (12 * h);
-      double limit = rows[i].cfg.gate_top_k ? 5e-3 : 1e-3; /* which ranks take part may change on the way */
-      if (!(fabs(fd - norm) <= limit * norm + 2e-4))
-        fail_msg("%s: %s: finite difference %g, gradient %g", rows[i].name, q->name, fd, norm);
+      if (!(off <= 0)) fail_msg("%s: %s: finite difference %g, gradient %g", rows[i].name, q->name, fd, norm);
       free(x);
     }
     free(grad);

@@ -25,7 +25,8 @@ INLINE void axpby_row(void *y, const bool yb, float a, const void *x, const bool
     VEC_LOOP(i, n) stt(y, i, yb, va * ldt(x, i, xb, left) + vb * ldt(y, i, yb, left), left);
   }
 }
-/* Short rows of one type are moved as they are, maybe to where they lie: 32 bytes are a row of a small block of bf16. */
+/* Short rows of one type are moved as they are, maybe to where they lie: 32 bytes are a row of a small block of bf16.
+ */
 INLINE void move_rows(esp_tensor y, const int32_t *to, esp_tensor x, const int32_t *from, int64_t r0, int64_t r1,
                       const size_t bytes) {
   for (int64_t r = r0; r < r1; r++) memmove(esp_row(&y, to ? to[r] : r), esp_row(&x, from ? from[r] : r), bytes);
