@@ -6,9 +6,9 @@
 Two grounds. `small`: the base and the tasks of prepare.py (2.2 million parameters, LoRA r 16, 8 rows a step), every
 strategy. `135m`: the 135M Llama shape with random weights (LoRA r 8, 4 rows of 128 tokens), where the adapter has the
 share of a model that it usually has. A run has two tasks. In the second one, in which there is something to protect, it
-takes turns with a run of the plain sequence: one is stopped while the other goes on, so that what else this machine does
-falls on both. The ratio is that of the lower quartiles of their steps; of several rounds the median counts. One thread.
-The first row is the plain sequence against itself: what the machine repeats.
+takes turns with a run of the plain sequence on the same data: one is stopped while the other goes on, so that a step of
+one and the same step of the other are made within a second of each other. Each pair of steps gives a ratio; their median
+counts. The first row is the plain sequence against itself: what the machine repeats. One thread.
 """
 import argparse
 import json
@@ -56,6 +56,7 @@ STRATEGIES = {
     "seqkd, 4 rows": (["continual.strategy=seqkd", "continual.seqkd.samples=8", "continual.seqkd.batch=4"], []),
     "gere, 4 rows": (["continual.strategy=gere", GENERAL, "continual.gere.batch=4"], []),
 }
+FIRST = 20  # steps of the first task
 BOUND = {"o-lora", "l2", "ewc", "lae", "coin_ema", "mos", "migu"}  # at most 1.05
 LARGE = ["naive-again", "o-lora", "l2", "ewc", "lae", "coin_ema", "mos", "migu", "si"]
 
@@ -84,33 +85,33 @@ def large_recipe(folder):
 class Run:
     """A run that goes on only in its turns."""
 
-    def __init__(self, a, ground, folder, overrides, out, steps, order="[agnews, dbpedia]"):
-        self.out, self.seen = out, 0
+    def __init__(self, a, ground, folder, overrides, out, steps):
+        self.out, self.seen, self.times, self.step = out, 0, {}, 0
         command = [a.espalier, "run", f"{folder}/sequence.yaml", "--quiet", "--overwrite", "--output", out, "--threads", "1",
-                   f"train.max_steps={steps}", "tasks[0].train.max_steps=20", *(o.replace("FOLDER", folder) for o in overrides)]
+                   f"train.max_steps={steps}", f"tasks[0].train.max_steps={FIRST}",
+                   *(o.replace("FOLDER", folder) for o in overrides)]
         if ground == "small":
-            command += [f"continual.order={order}", "continual.baseline=false",
+            command += ["continual.order=[agnews, dbpedia]", "continual.baseline=false",
                         *(f"eval.sets[{i}].limit=1" for i in range(5))]
         shutil.rmtree(out, ignore_errors=True)
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    def steps(self):
-        """Those that were made since the last call: task and seconds of each."""
-        try:
-            lines = open(f"{self.out}/metrics.jsonl").read().split("\n")[:-1]
-        except FileNotFoundError:
-            return []
-        rows = [json.loads(line) for line in lines[self.seen:]]
-        self.seen = len(lines)
-        return [(r["task"], r["tokens"] / r["tokens_per_second"]) for r in rows if "loss" in r and "tokens_per_second" in r]
-
     def turn(self, seconds):
+        """Goes on for that long; notes the seconds of each step of the second task, but of the one with the pause in it."""
         self.process.send_signal(signal.SIGCONT)
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGSTOP)
-        return self.steps()
+        try:
+            lines = open(f"{self.out}/metrics.jsonl").read().split("\n")[:-1]
+        except FileNotFoundError:
+            return
+        rows = [r for r in map(json.loads, lines[self.seen:]) if "seconds" in r and "loss" in r and r["step"] > FIRST]
+        self.seen = len(lines)
+        if rows:
+            self.times |= {r["step"]: r["seconds"] for r in rows[1:]}
+            self.step = rows[-1]["step"]
 
     def ended(self):
         return self.process.poll() is not None
@@ -121,47 +122,37 @@ class Run:
         return self.process.communicate()[1]
 
 
-def quick(times):
-    """The lower quartile: the machine adds to a time and never takes from it."""
-    return statistics.quantiles(times, n=4)[0]
-
-
 def pair(a, ground, folder, name, work):
-    """Seconds of the steps of the strategy, and of the plain sequence in between."""
-    steps, turn = (a.steps, 0.3) if ground == "small" else (max(a.steps // 10, 8), 5.0)
-    mine, plain, tasks, times = Run(a, ground, folder, STRATEGIES[name][0], f"{work}/mine", steps), None, set(), ([], [])
+    """Of each step that both made: the strategy's seconds to those of the plain sequence."""
+    steps, turn = (a.steps, 0.2) if ground == "small" else (max(a.steps // 5, 8), 2.5)
+    runs = [Run(a, ground, folder, STRATEGIES[name][i], f"{work}/{i}", steps) for i in range(2)]
     try:
-        while not mine.ended():
-            made = mine.turn(turn)
-            tasks |= {t for t, _ in made}
-            if len(tasks) < 2:
-                continue
-            if plain is None or plain.ended():  # as long as anybody wants it
-                plain = Run(a, ground, folder, STRATEGIES[name][1], f"{work}/plain", 4 * steps, "[dbpedia, agnews]")
-            for of, turns in zip(times, (made, plain.turn(turn))):
-                of += [t for _, t in turns[1:]]  # the first has the pause in it
+        for r in runs:
+            r.process.send_signal(signal.SIGSTOP)
+        while not any(r.ended() for r in runs):  # the one behind goes on
+            min(runs, key=lambda r: r.step).turn(turn)
     finally:  # nobody else would wake them
-        why = mine.close()
-        if plain:
-            plain.close()
-    if mine.process.returncode:
-        sys.exit(f"overhead.py: {ground}, {name}: {(why.strip().splitlines() or ['?'])[0]}")
-    if min(len(of) for of in times) < 8:
+        why = [r.close() for r in runs]
+    for r, text in zip(runs, why):
+        if r.process.returncode > 0:
+            sys.exit(f"overhead.py: {ground}, {name}: {(text.strip().splitlines() or ['?'])[0]}")
+    both = sorted(runs[0].times.keys() & runs[1].times.keys())
+    if len(both) < 8:
         sys.exit(f"overhead.py: {ground}, {name}: too few steps, more --steps")
-    return times
+    return [runs[0].times[i] / runs[1].times[i] for i in both]
 
 
 def measure(a, ground, folder, names, work):
     lines = []
     for name in names:
-        times = [pair(a, ground, folder, name, work) for _ in range(a.rounds)]
-        ratios = [quick(mine) / quick(plain) for mine, plain in times]
-        ratio = statistics.median(ratios)
+        rounds = [pair(a, ground, folder, name, work) for _ in range(a.rounds)]
+        every, each = [x for r in rounds for x in r], [statistics.median(r) for r in rounds]
+        ratio = statistics.median(every)
         above = " **above**" if name in BOUND and ratio > 1.05 else ""
-        lines.append(f"| {name} | {1e3 * min(quick(mine) for mine, _ in times):.1f} | {ratio:.3f}{above} | "
-                     f"{min(ratios):.3f} to {max(ratios):.3f} |")
+        lines.append(f"| {name} | {ratio:.3f}{above} | {min(each):.3f} to {max(each):.3f} | {len(every)} |")
         print(ground, lines[-1], flush=True)
-    return ["", f"## {ground}", "", "| strategy | step, ms | to the plain sequence | rounds |", "|---|---:|---:|---:|", *lines]
+    return ["", f"## {ground}", "", "| strategy | step, to the plain sequence | rounds | steps |", "|---|---:|---:|---:|",
+            *lines]
 
 
 def main():
@@ -169,19 +160,21 @@ def main():
     p.add_argument("--espalier", required=True)
     p.add_argument("--cache", default=os.path.join(os.environ.get("ESP_BENCH_CACHE", os.path.expanduser("~/.cache/espalier")),
                                                    "continual"), help="where prepare.py made its ground")
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--steps", type=int, default=300, help="of each task on the small ground; a tenth of it on the other")
+    p.add_argument("--rounds", type=int, default=2)
+    p.add_argument("--steps", type=int, default=300, help="of the second task on the small ground; a fifth of it on the other")
     p.add_argument("--only", default="")
     p.add_argument("--ground", choices=("small", "135m"))
     a = p.parse_args()
     a.espalier = os.path.abspath(a.espalier)
     names = [n for n in STRATEGIES if not a.only or n.split(",")[0] in a.only.split(",")]
-    text = ["# What a strategy adds to a step", "", "    bench/continual/overhead.py --espalier ESPALIER --cache DIR",
-            "", "Two tasks; steps of the second one, in turns with a run of the plain sequence (one is stopped while the other "
-            f"goes on); the ratio of the lower quartiles, the median of {a.rounds} rounds; one thread. "
-            "`small`: the ground of continual.md, LoRA r 16 (a tenth of the model), 8 rows a step. `135m`: the 135M Llama "
-            "shape, random weights, bf16, LoRA r 8, 4 rows of 128 tokens. Bound for o-lora, l2, ewc, migu and the moving "
-            "averages (lae, coin_ema, mos): 1.05. osf is compared with full training."]
+    text = ["# What a strategy adds to a step", "",
+            f"    bench/continual/overhead.py --espalier ESPALIER --cache DIR --rounds {a.rounds} --steps {a.steps}", "",
+            "Two tasks; steps of the second one, in turns with a run of the plain sequence on the same data (one is stopped "
+            "while the other goes on), one thread. Of each step that both made the ratio of their times: the median over all "
+            "of them, the medians of the rounds, and how many there were. The first row, the plain sequence against itself, "
+            "says what the machine repeats. `small`: the ground of continual.md, LoRA r 16 (a tenth of the model), 8 rows a "
+            "step. `135m`: the 135M Llama shape, random weights, bf16, LoRA r 8, 4 rows of 128 tokens. Bound for o-lora, l2, "
+            "ewc, migu and the moving averages (lae, coin_ema, mos): 1.05. osf is compared with full training."]
     with tempfile.TemporaryDirectory() as work:
         if a.ground != "135m":
             text += measure(a, "small", os.path.abspath(a.cache), names, work)
