@@ -33,7 +33,7 @@ uint64_t esp_pass_piece(const esp_pass *p, int part, int variant) {
   const esp_adapter_hooks *h = m->hooks;
   uint64_t version = h ? (h->version ? h->version(h->ctx) : 0) : 1;
   if (!run->be->ops->piece_begin || version == 0 || esp_model_streams(m)) return 0;
-  uint64_t facts[17] = {(uint64_t)part,
+  uint64_t facts[19] = {(uint64_t)part,
                         (uint64_t)variant,
                         (uint64_t)p->tokens,
                         p->seqs,
@@ -44,8 +44,10 @@ uint64_t esp_pass_piece(const esp_pass *p, int part, int variant) {
                         run->seed,
                         (uint64_t)(uintptr_t)run->stack->base,
                         (uint64_t)run->stack->top,
-                        (uint64_t)(uintptr_t)p->kv,
                         p->kv ? (uint64_t)(uintptr_t)p->kv->k : 0,
+                        p->kv ? (uint64_t)(uintptr_t)p->kv->v : 0,
+                        p->kv ? (uint64_t)p->kv->batch : 0,
+                        p->kv ? (uint64_t)p->kv->max_len : 0,
                         (uint64_t)p->decode,
                         (uint64_t)(uintptr_t)m->cos_t,
                         m->work.revision,

@@ -182,7 +182,8 @@ static void test_split_and_stacked_equal_packed(void **state) {
   }
 }
 
-/* Prefill of a prefix and one token at a time against the plain forward of the whole. */
+/* Prefill of a prefix and one token at a time against the plain forward of the whole; then with a cache of as many
+ * bytes, which may lie where the first one lay, and another shape. */
 static void decode_equals_forward(const char *family, esp_dtype compute, double tol) {
   fx f;
   fx_open(&f, family, test_backend_name(), compute);
@@ -192,26 +193,27 @@ static void decode_equals_forward(const char *family, esp_dtype compute, double 
   all_logits(&f, &f.b, all);
   int32_t ids[256], pos[256], cu[3] = {0, 4, 4 + 9};
   for (int s = 0; s < 2; s++)
-    for (int i = cu[s]; i < cu[s + 1]; i++) {
-      pos[i] = i - cu[s];
-      ids[i] = f.b.ids[f.b.cu_seqlens[s] + pos[i]];
-    }
+    for (int i = cu[s]; i < cu[s + 1]; i++) pos[i] = i - cu[s];
   esp_batch prompt = {.tokens = 13, .ids = ids, .positions = pos, .cu_seqlens = cu, .n_seqs = 2};
-  esp_kv *kv;
-  FX_OK(esp_kv_create(f.m, 2, 17, &kv));
-  FX_OK(esp_model_prefill(f.m, &f.stack, kv, &prompt, got));
-  int at[2] = {3, 8};
-  for (int k = 0;; k++) {
-    for (int s = 0; s < 2; s++) {
-      double e = fx_rel(got + s * v, all + (f.b.cu_seqlens[s] + at[s]) * v, v);
-      if (e >= tol) print_message("%s token %d of sequence %d: %g\n", family, at[s], s, e);
-      assert_true(e < tol);
+  for (int shape = 0; shape < 2; shape++) {
+    esp_kv *kv;
+    FX_OK(esp_kv_create(f.m, shape ? 3 : 2, shape ? 20 : 30, &kv));
+    for (int s = 0; s < 2; s++)
+      for (int i = cu[s]; i < cu[s + 1]; i++) ids[i] = f.b.ids[f.b.cu_seqlens[s] + pos[i]];
+    FX_OK(esp_model_prefill(f.m, &f.stack, kv, &prompt, got));
+    int at[2] = {3, 8};
+    for (int k = 0;; k++) {
+      for (int s = 0; s < 2; s++) {
+        double e = fx_rel(got + s * v, all + (f.b.cu_seqlens[s] + at[s]) * v, v);
+        if (e >= tol) print_message("%s cache %d, token %d of sequence %d: %g\n", family, shape, at[s], s, e);
+        assert_true(e < tol);
+      }
+      if (k == 7) break; /* sequence 0 has 11 tokens */
+      for (int s = 0; s < 2; s++) ids[s] = f.b.ids[f.b.cu_seqlens[s] + ++at[s]];
+      FX_OK(esp_model_decode(f.m, &f.stack, kv, ids, got));
     }
-    if (k == 7) break; /* sequence 0 has 11 tokens */
-    for (int s = 0; s < 2; s++) ids[s] = f.b.ids[f.b.cu_seqlens[s] + ++at[s]];
-    FX_OK(esp_model_decode(f.m, &f.stack, kv, ids, got));
+    esp_kv_destroy(kv);
   }
-  esp_kv_destroy(kv);
   free(all);
   fx_close(&f);
 }
