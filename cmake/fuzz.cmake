@@ -1,11 +1,10 @@
 # Each tests/fuzz/fuzz_<room>_<what>.c is one fuzz target, linked to <room> and the rooms it may use; its corpus is
-# tests/fuzz/corpus/<room>_<what>. With ESP_FUZZ (clang) it becomes a libFuzzer program and `ninja fuzz_short` runs each
-# for ESP_FUZZ_RUNS executions; without, tests/fuzz/replay.c runs it over its corpus as a test.
-set(ESP_FUZZ_RUNS 20000 CACHE STRING "Executions per target in fuzz_short")
+# tests/fuzz/corpus/<room>_<what>. With ESP_FUZZ (clang) it becomes a libFuzzer program, which scripts/fuzz.sh runs;
+# without, tests/fuzz/replay.c runs it over its corpus as a test.
 if(ESP_FUZZ)
   # A finding must end the program, also one of the undefined-behaviour checks.
   target_compile_options(esp_flags INTERFACE -fsanitize=fuzzer-no-link -fno-sanitize-recover=all)
-  add_custom_target(fuzz_short)
+  add_custom_target(fuzz_targets) # all that scripts/fuzz.sh needs
 endif()
 set(seen)
 foreach(room IN LISTS ESP_ROOMS)
@@ -30,13 +29,7 @@ foreach(source IN LISTS fuzz_sources)
   if(ESP_FUZZ)
     add_executable(${name} ${source})
     target_link_options(${name} PRIVATE -fsanitize=fuzzer)
-    # What it finds new goes into the build folder, a crashing input as well.
-    add_custom_target(${name}_short
-      COMMAND ${CMAKE_COMMAND} -E make_directory ${CMAKE_BINARY_DIR}/corpus/${case}
-      COMMAND ${name} -runs=${ESP_FUZZ_RUNS} -max_len=4096 -timeout=20 -print_final_stats=1
-              -artifact_prefix=${CMAKE_BINARY_DIR}/crash-${case}- ${CMAKE_BINARY_DIR}/corpus/${case} ${corpus}
-      USES_TERMINAL)
-    add_dependencies(fuzz_short ${name}_short)
+    add_dependencies(fuzz_targets ${name})
   else()
     add_executable(${name} ${source} tests/fuzz/replay.c)
     add_test(NAME ${name} COMMAND ${name} ${corpus})
