@@ -37,13 +37,13 @@ static esp_status make_room(esp_adapter *a, int64_t size) {
 }
 
 /* The penalty on the overlaps of a group, which become its derivative. */
-static double penalty_of(const esp_adapter *a, const esp_task_group *tg, float *o, int count) {
+static double penalty_of(const esp_adapter *a, const esp_task_group *tg, float *o) {
   double sum = 0;
   bool square = squared(&a->cfg);
   for (int i = 0; i < tg->n; i++) {
     const esp_task_site *ts = a->site_state[tg->sites[i]->index];
     for (int64_t p = 0; p < ts->rank; p++, o += tg->width) {
-      bool old = p < ts->r * (count - 1);
+      bool old = p < ts->rank - ts->r;
       for (int64_t q = 0; q < tg->width; q++) {
         float x = old && q >= ts->t0 && q < ts->t0 + ts->r ? o[q] : 0.0f;
         sum += square ? (double)x * x : fabs((double)x);
@@ -54,19 +54,41 @@ static double penalty_of(const esp_adapter *a, const esp_task_group *tg, float *
   return sum;
 }
 
-static double olora_before_step(esp_adapter *a, int64_t step, int64_t total) {
-  esp_task_ranks *tr = a->impl;
+/* O of each group, or (back) what its derivative, in the compute type by then, adds to the gradient of A_now. */
+static void products(const esp_adapter *a, bool back) {
+  const esp_task_ranks *tr = a->impl;
   const esp_params *ps = a->params;
-  esp_backend *be = ps->be;
+  const esp_backend_ops *ops = ps->be->ops;
   esp_group **groups;
-  int n = esp_model_groups(a->model, &groups), current = tr->current, count = current + 1;
-  float lambda = (float)a->cfg.orthogonal_lambda;
-  int64_t size = 0;
-  double sum = 0;
-  if (current == 0 || lambda == 0) return 0;
+  int n = esp_model_groups(a->model, &groups), current = tr->current;
+  esp_dtype type = back ? ps->shadow_dtype : ESP_F32;
+  char *at = (char *)tr->overlap;
   for (int i = 0; i < n; i++) {
     const esp_task_group *tg = a->group_state[i];
-    if (tg) size += count * tg->width * tg->width;
+    if (!tg) continue;
+    esp_tensor all = esp_task_ranks_all_a(a, tg, current + 1);
+    esp_tensor o = esp_tensor_2d(at, type, esp_tensor_rows(&all), tg->width);
+    esp_tensor now = esp_params_stacked(ps, tg->first_a[current], tg->n, back ? 2 : 0);
+    if (back)
+      ops->matmul(ps->be, now, o, true, all, false, (float)a->cfg.orthogonal_lambda, 1.0f);
+    else
+      ops->matmul(ps->be, o, all, false, now, true, 1.0f, 0.0f);
+    at += esp_tensor_bytes(&o);
+  }
+}
+
+static double olora_before_step(esp_adapter *a, int64_t step, int64_t total) {
+  esp_task_ranks *tr = a->impl;
+  esp_backend *be = a->params->be;
+  esp_dtype type = a->params->shadow_dtype;
+  esp_group **groups;
+  int n = esp_model_groups(a->model, &groups);
+  int64_t size = 0;
+  double sum = 0;
+  if (tr->current == 0 || a->cfg.orthogonal_lambda == 0) return 0;
+  for (int i = 0; i < n; i++) {
+    const esp_task_group *tg = a->group_state[i];
+    if (tg) size += (tr->current + 1) * tg->width * tg->width;
   }
   esp_status st = make_room(a, size);
   if (st == ESP_OK) st = esp_task_ranks_pass(a);
@@ -74,36 +96,19 @@ static double olora_before_step(esp_adapter *a, int64_t step, int64_t total) {
     if (be->sticky == ESP_OK) be->sticky = st;
     return 0;
   }
-  int64_t es = (int64_t)esp_dtype_size(ps->shadow_dtype);
-  for (int pass = 0; pass < 2; pass++) {
-    int64_t at = 0;
-    for (int i = 0; i < n; i++) {
-      const esp_task_group *tg = a->group_state[i];
-      if (!tg) continue;
-      int64_t rows = count * tg->width;
-      esp_tensor all = esp_task_ranks_all_a(a, tg, count);
-      if (pass == 0)
-        be->ops->matmul(be, esp_tensor_2d(tr->overlap + at, ESP_F32, rows, tg->width), all, false,
-                        esp_params_stacked(ps, tg->first_a[current], tg->n, 0), true, 1.0f, 0.0f);
-      else
-        be->ops->matmul(be, esp_params_stacked(ps, tg->first_a[current], tg->n, 2),
-                        esp_tensor_2d((char *)tr->overlap + at * es, ps->shadow_dtype, rows, tg->width), true, all,
-                        false, lambda, 1.0f);
-      at += rows * tg->width;
-    }
-    if (pass > 0) break;
-    float *o = tr->overlap_host, *typed = o + size;
-    be->ops->download(be, o, tr->overlap, size * 4);
-    for (int i = 0; i < n; i++) {
-      const esp_task_group *tg = a->group_state[i];
-      if (!tg) continue;
-      sum += penalty_of(a, tg, o, count);
-      o += count * tg->width * tg->width;
-    }
-    esp_convert(typed, ps->shadow_dtype, tr->overlap_host, ESP_F32, size);
-    be->ops->upload(be, tr->overlap, typed, size * es);
+  float *o = tr->overlap_host, *typed = o + size;
+  products(a, false);
+  be->ops->download(be, o, tr->overlap, size * 4);
+  for (int i = 0; i < n; i++) {
+    const esp_task_group *tg = a->group_state[i];
+    if (!tg) continue;
+    sum += penalty_of(a, tg, o);
+    o += (tr->current + 1) * tg->width * tg->width;
   }
-  return (double)lambda * sum;
+  esp_convert(typed, type, tr->overlap_host, ESP_F32, size);
+  be->ops->upload(be, tr->overlap, typed, size * (int64_t)esp_dtype_size(type));
+  products(a, true);
+  return (double)(float)a->cfg.orthogonal_lambda * sum;
 }
 
 static bool olora_factors(const esp_adapter *a, const esp_site *s, int *A, int *B) {
