@@ -23,8 +23,6 @@ import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BENCH = os.path.dirname(HERE)
-sys.path.insert(0, os.path.join(BENCH, "gpu"))
-import shapes  # noqa: E402
 
 GENERAL = "continual.gere.data={path: FOLDER/general.jsonl, format: text}"
 # name: (overrides, those of the sequence that it is compared with)

@@ -3,10 +3,9 @@
  * an earlier task is returned to exactly, in memory and from the file; a file holds the tasks begun and no more; all
  * tasks so far are one LoRA, in logits and gradients, after a step of training and after values were set.
  * Mutations seen to be caught: a copy that is not made again after a step, after values were set, or in a new task; A
- * in the order of the store in it; the scale of a site left out; blocks between two sites, or of a task with itself, left in
- * the penalty; gradients of the last task not cleared in a new one.
- * Bounds: two orders of fp32 sums, over every instruction set and the kernels of OpenBLAS up to 2.5e-6 apart in logits
- * and 8e-6 in gradients. */
+ * in the order of the store in it; the scale of a site left out; blocks between two sites, or of a task with itself,
+ * left in the penalty; gradients of the last task not cleared in a new one. Bounds: two orders of fp32 sums, over every
+ * instruction set and the kernels of OpenBLAS up to 2.5e-6 apart in logits and 8e-6 in gradients. */
 #include <math.h>
 
 #include "../adapters/adapter_fixture.h"
@@ -155,7 +154,7 @@ static void frozen_and_recalled(void **state) {
       fx_logits(&r, &f.b, y);
       if (task > 0 && !(fx_rel(y, after[task - 1], FX_T * FX_VOCAB) < 1e-5)) /* wider products: other rounding */
         fail_msg("%s: task %d does not begin where the last one ended", kinds[k], task);
-      f.ids[3] = 5 + 3 * task; /* other data */
+      f.ids[3] = 5 + 3 * task;         /* other data */
       esp_params_zero_grad(a->params); /* nothing of the last task is left in it */
       float *g = fx_grads(a), *before = fx_masters(a);
       assert_true(fx_max_abs(g, a->params->total) == 0);
